@@ -1,0 +1,41 @@
+"""fxstream makes video diffusion models fit a memory budget, without changing their output."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxstream.api import optimize, plan
+    from fxstream.errors import CaptureError, FxstreamError, GradientError, MemoryBudgetError
+    from fxstream.module import StreamedModule
+    from fxstream.report import Plan
+
+__all__ = [
+    "CaptureError",
+    "FxstreamError",
+    "GradientError",
+    "MemoryBudgetError",
+    "Plan",
+    "StreamedModule",
+    "optimize",
+    "plan",
+]
+
+_HOME = {
+    "CaptureError": "errors",
+    "FxstreamError": "errors",
+    "GradientError": "errors",
+    "MemoryBudgetError": "errors",
+    "Plan": "report",
+    "StreamedModule": "module",
+    "optimize": "api",
+    "plan": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: the command line's help needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,67 @@
+"""Memory budgets as a user writes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS[f"{_prefix}B"] = 1000**_power
+    _UNITS[f"{_prefix}IB"] = 1024**_power
+
+_FORMS = 'use "6GiB" or an int of bytes (weights, inputs and activations), a float in (0, 1), or "min"'
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A parsed budget: one of ``total_bytes`` (all that a call holds), ``share`` (of the captured graph's activation
+    peak), or neither: the lowest reachable."""
+
+    total_bytes: int | None = None
+    share: float | None = None
+
+    @staticmethod
+    def parse(budget: str | int | float) -> Budget:
+        """``"6GiB"``, ``"800MB"``, an int of bytes, a float in (0, 1), or ``"min"``.
+
+        Raises ``ValueError`` for anything else.
+        """
+        if isinstance(budget, bool) or not isinstance(budget, (str, int, float)):
+            raise ValueError(f"memory_budget {budget!r} can't be read: {_FORMS}")
+        if isinstance(budget, float):
+            if not 0 < budget < 1:
+                raise ValueError(f"memory_budget {budget!r} is no share between 0 and 1: {_FORMS}")
+            return Budget(share=budget)
+        if isinstance(budget, str) and budget.strip().lower() == "min":
+            return Budget()
+        size = _bytes(budget) if isinstance(budget, str) else budget
+        if size <= 0:
+            raise ValueError(f"memory_budget {budget!r} is not more than nothing: {_FORMS}")
+        return Budget(total_bytes=size)
+
+    def activation_bytes(self, peak_bytes: int, held_bytes: int) -> int | None:
+        """What is left for activations, in bytes; None where the lowest is asked for.
+
+        ``peak_bytes`` is the captured graph's activation peak, ``held_bytes`` its weights and inputs.
+        """
+        if self.share is not None:
+            return int(self.share * peak_bytes)
+        return None if self.total_bytes is None else self.total_bytes - held_bytes
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"memory_budget {text!r} can't be read: {_FORMS}")
+    return int(float(match[1]) * unit)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people: ``"3.27 GiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

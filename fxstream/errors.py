@@ -1,0 +1,40 @@
+"""Errors that fxstream raises. Nothing of the user's is changed when one is raised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FxstreamError(Exception):
+    """Base of all errors raised by fxstream."""
+
+
+class CaptureError(FxstreamError):
+    """The model could not be captured as one graph.
+
+    ``module_path`` is the path of the user's submodule that was running, ``source`` its file and line.
+    """
+
+    def __init__(self, message: str, *, module_path: str = "", source: str = "") -> None:
+        super().__init__(message)
+        self.module_path = module_path
+        self.source = source
+
+
+class MemoryBudgetError(FxstreamError):
+    """No plan within the budget was found.
+
+    ``lowest_bytes`` is the lowest budget that was reached, by the same account as ``budget_bytes``;
+    ``holders`` are the tensors that hold the peak there; ``plan`` is the plan that reaches it.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, lowest_bytes: int, holders: Any, plan: Any) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.lowest_bytes = lowest_bytes
+        self.holders = holders
+        self.plan = plan
+
+
+class GradientError(FxstreamError):
+    """A streamed module was called where autograd would record; it runs inference only."""

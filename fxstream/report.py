@@ -1,0 +1,165 @@
+"""Plans: what streaming a call would do to its memory, as data and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from tabulate import tabulate
+
+from fxstream.budget import format_bytes
+from fxstream.passes.barriers import Barrier, barriers
+from fxstream.passes.capture import module_path
+from fxstream.passes.grouping import Group
+from fxstream.passes.liveness import MemoryProfile
+from fxstream.passes.stream import Streamed
+
+SHOWN_HOLDERS = 6
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One sliced loop of a plan.
+
+    ``first`` and ``last`` are node names, ``module_path`` the innermost of the user's modules around both. The axis
+    is the dimension of ``first`` that is cut: its ``extent`` steps run as ``slices`` slices, of ``lengths`` steps.
+    ``bytes_before`` and ``bytes_after`` are the most that is live while the group runs, whole and sliced. ``depth`` is
+    1 inside another loop's body. ``code`` is the body of the first slice as Python.
+    """
+
+    first: str
+    last: str
+    module_path: str
+    axis: str
+    extent: int
+    lengths: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    depth: int
+    code: str
+
+    @property
+    def slices(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What streaming one call does: memory ``before`` and ``after`` over weights and inputs, and the loops.
+
+    ``barriers`` are the operators without a rule that axes stop at. ``seconds`` maps "capture" and "planning" to the
+    time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
+    """
+
+    before: MemoryProfile
+    after: MemoryProfile
+    groups: tuple[PlannedGroup, ...]
+    barriers: tuple[Barrier, ...]
+    budget_bytes: int | None
+    seconds: dict[str, float]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.before.weight_bytes
+
+    @property
+    def input_bytes(self) -> int:
+        return self.before.input_bytes
+
+    def __str__(self) -> str:
+        parts = [self.summary(), "Held at the peak after:\n" + self.holders_table()]
+        parts.append("Groups:\n" + self.groups_table() if self.groups else "No groups: nothing needs slicing.")
+        if self.barriers:
+            parts.append("Operators without a rule:\n" + self.barriers_table())
+        return "\n\n".join(parts)
+
+    def summary(self) -> str:
+        """Before and after, in a table."""
+        held = self.weight_bytes + self.input_bytes
+        rows = [
+            ["activation peak", self.before.peak_bytes, self.after.peak_bytes],
+            ["weights", self.weight_bytes, self.weight_bytes],
+            ["inputs", self.input_bytes, self.input_bytes],
+            ["all", self.before.peak_bytes + held, self.after.peak_bytes + held],
+        ]
+        table = [[name, format_bytes(before), format_bytes(after)] for name, before, after in rows]
+        return tabulate(table, headers=["", "before", "after"], stralign="right")
+
+    def holders_table(self) -> str:
+        """The largest tensors live at the peak after streaming."""
+        peak = self.after
+        rows = [
+            [format_bytes(t.bytes), "x".join(map(str, t.shape)), str(t.dtype).removeprefix("torch."), t.node, t.module_path]
+            for t in peak.holders[:SHOWN_HOLDERS]
+        ]
+        rest = sum(tensor.bytes for tensor in peak.holders[SHOWN_HOLDERS:])
+        if rest:
+            rows.append([format_bytes(rest), "", "", f"{len(peak.holders) - SHOWN_HOLDERS} more", ""])
+        if peak.transient_bytes:
+            where = peak.nodes[peak.peak_index]
+            rows.append([format_bytes(peak.transient_bytes), "", "", f"inside {where}", peak.module_paths[peak.peak_index]])
+        return tabulate(rows, headers=["bytes", "shape", "dtype", "node", "module"])
+
+    def groups_table(self) -> str:
+        """The sliced loops in the order that they run."""
+        rows = [
+            [
+                "  " * group.depth + f"{group.first} .. {group.last}",
+                group.module_path,
+                group.axis,
+                group.slices,
+                format_bytes(group.bytes_before),
+                format_bytes(group.bytes_after),
+            ]
+            for group in self.groups
+        ]
+        return tabulate(rows, headers=["nodes", "module", "axis", "slices", "before", "after"])
+
+    def barriers_table(self) -> str:
+        """Operators without a rule, the most bytes first."""
+        rows = [[barrier.operator, barrier.count, format_bytes(barrier.bytes)] for barrier in self.barriers]
+        return tabulate(rows, headers=["operator", "nodes", "largest live bytes"])
+
+
+def make_plan(
+    before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]
+) -> Plan:
+    """The plan that a streamed graph carries out."""
+    return Plan(
+        before, streamed.after, tuple(_groups(streamed, 0, 0)), barriers(streamed.program), budget_bytes, seconds
+    )
+
+
+def _groups(streamed: Streamed, depth: int, outside: int) -> Iterator[PlannedGroup]:
+    live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
+    for number, group in enumerate(streamed.groups):
+        loop = streamed.graph_module.get_submodule(f"loop_{number}")
+        body = next(iter(loop.bodies.values()))
+        yield _planned(streamed, group, depth, outside, live[f"loop_{number}"], body.code)
+    if streamed.inner is not None:
+        around = streamed.after.peak_bytes - streamed.inner.after.peak_bytes
+        yield from _groups(streamed.inner, depth + 1, outside + around)
+
+
+def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: int, code: str) -> PlannedGroup:
+    program, start, end = streamed.program, group.start, group.end
+    inside = [index for index in range(start, end + 1) if index in group.run.slices]
+    first, last = program.values[inside[0]].node, program.values[inside[-1]].node
+    piece = group.run.slices[inside[0]]
+    axis = f"dim {piece.dim}: {piece.extent}"
+    if piece.outer > 1 or piece.inner > 1:
+        axis += f" of {piece.outer} x {piece.extent} x {piece.inner}"
+    paths = [module_path(program.values[index].node).split(".") for index in inside]
+    return PlannedGroup(
+        first=first.name,
+        last=last.name,
+        module_path=".".join(commonprefix(paths)),
+        axis=axis,
+        extent=group.run.extent,
+        lengths=group.lengths,
+        bytes_before=outside + max(program.live_bytes[start : end + 1]),
+        bytes_after=outside + after,
+        depth=depth,
+        code=code,
+    )

@@ -1,0 +1,1 @@
+"""The compiler passes: they know graphs, not users."""

@@ -1,0 +1,147 @@
+"""Slice axes: how one slice of an operator's output is made from slices of its inputs.
+
+An axis has an extent. A tensor lies under it whole (``None``) or as a ``Slice`` of one of its dimensions.
+For each ATen operator one rule relates the slice of the output to those of the inputs; an operator
+without a rule, or whose rule answers ``None``, is a barrier: the axis stops there.
+
+    @rule(aten.linear.default)
+    def linear(call: Call, out: Slice) -> Cut | None:
+        ...
+
+A rule is right when, for every ``Slice`` it accepts, running the operator slice by slice gives the slices of
+running it whole. ``tests/passes/test_rules.py`` holds every registered rule to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from fxstream.loop import Slice
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call as rules see it: tensors stand in ``args`` and ``kwargs`` with their whole shapes.
+
+    ``out`` is the tensor that the call returns, or the list of them.
+    """
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    out: Any
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """Tensor arguments in the order of ``tree_leaves((args, kwargs))``."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the output; of the first one where there are several."""
+        out = self.out[0] if isinstance(self.out, (list, tuple)) else self.out
+        return tuple(out.shape)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument by its schema name, defaults filled in."""
+        bound: dict[str, Any] = {}
+        for position, argument in enumerate(self.target._schema.arguments):
+            if position < len(self.args):
+                bound[argument.name] = self.args[position]
+            elif argument.name in self.kwargs:
+                bound[argument.name] = self.kwargs[argument.name]
+            else:
+                bound[argument.name] = argument.default_value
+        return bound
+
+
+def _no_resize(length: int) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a slice of the output is computed.
+
+    ``inputs`` aligns with ``Call.tensors``: the ``Slice`` to read of each, or ``None`` to read it whole.
+    ``resize`` gives, for a slice of ``length`` steps, the arguments (by schema name) that depend on its size,
+    such as the shape of a view.
+    """
+
+    inputs: tuple[Slice | None, ...]
+    resize: Callable[[int], Mapping[str, Any]] = field(default=_no_resize)
+
+
+__all__ = ["Call", "Cut", "Rule", "Slice", "backward", "forward", "registered", "rule"]
+
+Rule = Callable[[Call, Slice], "Cut | None"]
+_RULES: dict[OpOverload, Rule] = {}
+
+
+def rule(*operators: OpOverload) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, in place of any that they had."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            _RULES[operator] = function
+        return function
+
+    return register
+
+
+def registered() -> frozenset[OpOverload]:
+    """The operators that have a rule."""
+    return frozenset(_RULES)
+
+
+def backward(call: Call, out: Slice) -> Cut | None:
+    """The cut that makes the slice ``out`` of the call's output, or None where the axis stops."""
+    function = _RULES.get(call.target)
+    if function is None or out.dim >= len(call.shape) or call.shape[out.dim] != out.size:
+        return None
+    return function(call, out)
+
+
+def forward(call: Call, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
+    """The slice of the output that needs just the slices ``known`` (by index into ``call.tensors``).
+
+    None where there is none: the call mixes what the axis keeps apart.
+    """
+    first = next(iter(known))
+    for out in _candidates(known[first], tuple(call.tensors[first].shape), call.shape):
+        cut = backward(call, out)
+        if cut is not None and all(cut.inputs[index] == piece for index, piece in known.items()):
+            return out, cut
+    return None
+
+
+def _candidates(piece: Slice, shape: Sequence[int], out: Sequence[int]) -> Iterator[Slice]:
+    """Slices of an output of shape ``out`` that may belong to ``piece`` of an input of ``shape``."""
+    seen = set()
+    outer = prod(shape[: piece.dim]) * piece.outer
+    inner = prod(shape[piece.dim + 1 :]) * piece.inner
+    order = sorted(range(len(out)), key=lambda dim: dim != piece.dim)
+    for dim in order:
+        if out[dim] % piece.extent:
+            continue
+        rest = out[dim] // piece.extent
+        before, after = prod(out[:dim]), prod(out[dim + 1 :])
+        for o, i in (
+            (piece.outer, piece.inner),
+            (outer // before if before else 0, inner // after if after else 0),
+            (1, rest),
+            (rest, 1),
+        ):
+            candidate = Slice(dim, piece.extent, o, i)
+            if o and i and candidate.size == out[dim] and candidate not in seen:
+                seen.add(candidate)
+                yield candidate

@@ -1,0 +1,46 @@
+"""Cost: estimated time of running nodes whole or in slices.
+
+Slicing changes three things, and only these are modelled: launches (one for each node and slice), weights read again
+by each slice, and the price of memory traffic, which is lower where a slice's working set stays in cache and in
+memory that the allocator has at hand. Arithmetic is the same either way and is left out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices of one kind of device.
+
+    ``launch``: seconds a kernel launch. ``rates``: (working set in bytes, seconds a byte of traffic), the rate of the
+    first entry at least as large; ``beyond`` past the last. ``most_slices``: more are never worth what they save.
+    """
+
+    launch: float
+    rates: tuple[tuple[int, float], ...]
+    beyond: float
+    most_slices: int
+
+    def rate(self, working_set: float) -> float:
+        """Seconds a byte of traffic, for a working set in bytes."""
+        index = bisect_left(self.rates, (working_set, 0.0))
+        return self.rates[index][1] if index < len(self.rates) else self.beyond
+
+
+CPU = CostModel(
+    launch=15e-6, rates=((4 << 20, 0.06e-9), (32 << 20, 0.10e-9)), beyond=0.22e-9, most_slices=64
+)
+"""Two cores: past 32 MiB glibc maps a tensor afresh, and each page of it faults."""
+
+CUDA = CostModel(launch=8e-6, rates=((32 << 20, 0.5e-12),), beyond=0.7e-12, most_slices=64)
+"""From published bandwidths; not measured."""
+
+
+def cost_model(device: torch.device) -> CostModel:
+    """The prices for a device."""
+    return CPU if device.type == "cpu" else CUDA

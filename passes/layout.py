@@ -1,0 +1,34 @@
+"""Layouts: which addresses a slice of a tensor touches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxstream.loop import Slice
+
+
+def slice_layout(tensor: torch.Tensor, piece: Slice) -> Any:
+    """A value that is equal for two tensors whose slices, step by step of the axis, lie at the same addresses.
+
+    Relative to the start of the storage; None where the tensor's elements overlap. Dimensions are split at the axis,
+    sorted by stride and merged again where they are adjacent in memory.
+    """
+    parts: list[tuple[int, int, bool]] = []
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if dim == piece.dim:
+            step = stride * piece.inner
+            parts += [(step * piece.extent, piece.outer, False), (step, piece.extent, True), (stride, piece.inner, False)]
+        else:
+            parts.append((stride, size, False))
+    parts = sorted((part for part in parts if part[1] > 1 or part[2]), reverse=True)
+    merged: list[tuple[int, int, bool]] = []
+    for stride, size, axis in parts:
+        if stride == 0:
+            return None
+        if merged and not axis and not merged[-1][2] and merged[-1][0] == stride * size:
+            merged[-1] = (stride, merged[-1][1] * size, False)
+        else:
+            merged.append((stride, size, axis))
+    return tensor.storage_offset(), tensor.dtype, tuple(merged)

@@ -1,0 +1,76 @@
+"""Normalize: drop what a captured graph computes for nothing.
+
+Assertions, copies that change neither layout nor dtype, multiplication and division by one, dead code. Every
+change leaves each remaining value as it was, to the bit and to the stride.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxstream.passes.liveness import storages_of
+from fxstream.passes.propagate import propagate
+
+aten = torch.ops.aten
+
+COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+
+
+def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Normalize a captured graph in place and fill in its fake values anew."""
+    graph = graph_module.graph
+    outside = {key for node in graph.nodes if node.op != "call_function" for key, _ in storages_of(node.meta.get("val"))}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if _is_assertion(node):
+            graph.erase_node(node)
+        elif _is_identity(node) and not _would_alias(node, outside):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure)
+    propagate(graph)
+    graph_module.recompile()
+    return graph_module
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns and not node.users
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.target in IDENTITIES:
+        return True
+    if node.target in COPIES:
+        return _same_layout(node)
+    if node.target in UNIT_SCALES:
+        factor = node.args[1]
+        return isinstance(factor, (int, float)) and factor == 1 and _same_layout(node)
+    return False
+
+
+def _same_layout(node: fx.Node) -> bool:
+    source, value = node.args[0].meta["val"], node.meta["val"]
+    return (
+        source.dtype == value.dtype
+        and source.device == value.device
+        and source.shape == value.shape
+        and source.stride() == value.stride()
+    )
+
+
+def _would_alias(node: fx.Node, outside: set[int]) -> bool:
+    """Whether dropping a copy could make a result alias an input, a weight, or another result."""
+    returned = any(user.op == "output" for user in node.users)
+    return returned or any(key in outside for key, _ in storages_of(node.args[0].meta["val"]))
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node must stay though nothing reads it."""
+    if node.op in ("placeholder", "output"):
+        return True
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable

@@ -1,0 +1,122 @@
+"""A captured graph as passes read it: calls with their tensors, storages and views, by schedule position."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
+from fxstream.passes.axes import Call, Cut, Slice, backward, forward
+from fxstream.passes.liveness import Liveness, analyze
+
+
+@dataclass(frozen=True)
+class Value:
+    """One node of the schedule: its call as rules see it, and the nodes whose tensors it reads.
+
+    ``reads`` aligns with ``call.tensors``. ``key`` is equal for calls that rules can't tell apart.
+    """
+
+    node: fx.Node
+    call: Call
+    reads: tuple[fx.Node, ...]
+    key: Any
+
+
+@dataclass
+class Program:
+    """A graph with fake values, its liveness, and memoized questions to the axis rules."""
+
+    graph_module: fx.GraphModule
+    liveness: Liveness = field(init=False)
+    values: list[Value] = field(init=False)
+    position: dict[fx.Node, int] = field(init=False)
+    _memo: dict[Any, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.liveness = analyze(self.graph_module)
+        self.values = [_value(node) for node in self.liveness.schedule]
+        self.position = {node: index for index, node in enumerate(self.liveness.schedule)}
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def live_bytes(self) -> list[int]:
+        """Bytes live during each node."""
+        return self.liveness.live_bytes()
+
+    @cached_property
+    def cut_bytes(self) -> list[int]:
+        """Bytes live across the boundary before each position, and after the last."""
+        changes = [0] * (len(self.values) + 1)
+        for storage in self.liveness.storages:
+            changes[storage.birth + 1] += storage.bytes
+            if storage.death + 1 <= len(self.values):
+                changes[storage.death + 1] -= storage.bytes
+        total, bytes_at = 0, []
+        for change in changes:
+            total += change
+            bytes_at.append(total)
+        return bytes_at
+
+    @cached_property
+    def born(self) -> list[tuple[int, ...]]:
+        """Storages that each position makes."""
+        born: list[list[int]] = [[] for _ in self.values]
+        for index, storage in enumerate(self.liveness.storages):
+            born[storage.birth].append(index)
+        return [tuple(made) for made in born]
+
+    def is_view(self, index: int) -> bool:
+        """Whether the node makes no storage of its own."""
+        return not self.born[index]
+
+    def backward(self, index: int, out: Slice) -> Cut | None:
+        """The rule's cut for a slice of the node's output."""
+        value = self.values[index]
+        key = (value.key, out)
+        if key not in self._memo:
+            self._memo[key] = backward(value.call, out)
+        return self._memo[key]
+
+    def forward(self, index: int, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
+        """The slice of the node's output that reads just the slices known of its inputs."""
+        value = self.values[index]
+        key = (value.key, tuple(known.items()))
+        if key not in self._memo:
+            self._memo[key] = forward(value.call, known)
+        return self._memo[key]
+
+
+def _value(node: fx.Node) -> Value:
+    leaves = [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))]
+    reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
+    call = Call(node.target, args, kwargs, node.meta["val"])
+    key: Any = node
+    if isinstance(node.target, OpOverload):
+        known = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves((args, kwargs)))
+        key = (node.target, known, tuple(node.kwargs), _shapes(node.meta["val"]))
+        try:
+            hash(key)
+        except TypeError:
+            key = node
+    return Value(node, call, reads, key)
+
+
+def _shapes(value: Any) -> tuple[Any, ...]:
+    return tuple(tuple(x.shape) for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor))
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node picks one of a call's several results."""
+    return node.op == "call_function" and node.target is operator.getitem

@@ -1,0 +1,9 @@
+import hypothesis
+import torch
+
+# The tensors here are too small to gain from a second thread, and where the cores are shared it waits for its turn.
+torch.set_num_threads(1)
+
+# How long one example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("fxstream", deadline=None)
+hypothesis.settings.load_profile("fxstream")

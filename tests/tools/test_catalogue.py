@@ -1,0 +1,123 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxstream.tools import catalogue
+from fxstream.tools.measure import measure_peak
+
+GIB = 2**30
+NAMES = list(catalogue.CATALOGUE)
+
+# Bytes of the published weights in float16.
+PARAMETER_GIB = {
+    "svd-unet": 2.84,
+    "svd-xt-unet": 2.84,
+    "animatediff-unet": 2.45,
+    "modelscope-unet": 2.63,
+    "i2vgenxl-unet": 2.65,
+}
+
+LATENTS = {
+    "svd-unet": (2, 14, 8, 72, 128),
+    "svd-xt-unet": (2, 25, 8, 72, 128),
+    "animatediff-unet": (2, 4, 16, 72, 128),
+    "modelscope-unet": (2, 4, 16, 40, 72),
+    "i2vgenxl-unet": (2, 4, 16, 88, 160),
+}
+
+
+def frame_dim(name):
+    return 1 if name.startswith("svd") else 2
+
+
+def test_import_is_cheap():
+    code = "import sys, fxstream.tools.catalogue; sys.exit('diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_models_build_without_memory(name):
+    measured = measure_peak(catalogue.build, name)
+    model, args, kwargs = measured.result
+    parameters = list(model.parameters())
+    tensors = [value for value in [*parameters, *args, *kwargs.values()] if isinstance(value, torch.Tensor)]
+    assert all(isinstance(tensor, FakeTensor) for tensor in tensors)
+    assert measured.peak_bytes < 2**20
+    assert {parameter.dtype for parameter in parameters} == {torch.float16}
+    assert sum(parameter.nbytes for parameter in parameters) / GIB == pytest.approx(PARAMETER_GIB[name], rel=0.01)
+    assert args[0].shape == LATENTS[name]
+    assert not model.training
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_published_models_take_other_shapes():
+    model, args, kwargs = catalogue.build(
+        "svd-unet", frames=7, height=320, width=512, batch=1, dtype=torch.bfloat16, fake=True
+    )
+    assert args[0].shape == (1, 7, 8, 40, 64)
+    assert args[0].dtype == model.dtype == torch.bfloat16
+    with args[0].fake_mode, torch.no_grad():
+        (output,) = model(*args, **kwargs)
+    assert output.shape == (1, 7, 4, 40, 64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_models_mix_frames(name):
+    model, args, kwargs = catalogue.small(name)
+    latents = args[0]
+    moved = latents.clone()
+    moved.select(frame_dim(name), 0).normal_(generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        (before,) = model(*args, **kwargs)
+        (after,) = model(moved, *args[1:], **kwargs)
+    assert before.isfinite().all()
+    assert before.shape == after.shape
+    changes = (after - before).unbind(frame_dim(name))[1:]
+    frames = before.unbind(frame_dim(name))[1:]
+    for change, frame in zip(changes, frames, strict=True):
+        assert change.norm() > 0.01 * frame.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_models_run_at_other_shapes(name):
+    model, args, kwargs = catalogue.small(name, frames=7, height=24, width=40, seed=3)
+    with torch.no_grad():
+        (output,) = model(*args, **kwargs)
+    expected = list(args[0].shape)
+    if name.startswith("svd"):
+        expected[2] = 4
+    assert list(output.shape) == expected
+    assert output.std() > 0.01
+
+
+def test_small_models_in_half_precision():
+    model, args, kwargs = catalogue.small("modelscope-unet", dtype=torch.bfloat16, frames=2, height=8, width=8)
+    with torch.no_grad():
+        (output,) = model(*args, **kwargs)
+    assert output.dtype == model.dtype == torch.bfloat16
+
+
+def test_seed_decides_and_leaves_the_global_generator_alone():
+    state = torch.random.get_rng_state()
+    (one, args, _), (same, same_args, _), (other, _, _) = (
+        catalogue.small("svd-unet", seed=seed, height=8, width=8) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(args[0], same_args[0])
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.conv_in.weight, other.conv_in.weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_models_have_no_constant_weights(name):
+    model, _, _ = catalogue.small(name)
+    constant = [key for key, value in model.named_parameters() if value.numel() > 1 and value.std() == 0]
+    assert constant == []
+
+
+def test_unknown_name():
+    with pytest.raises(KeyError, match="svd-unet"):
+        catalogue.build("nope")

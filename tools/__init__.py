@@ -1,0 +1,1 @@
+"""The command line, the model catalogue, reports, benchmarks and the demo."""

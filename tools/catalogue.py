@@ -1,0 +1,251 @@
+"""The models that fxstream is tested and measured on, as data.
+
+An entry names a class of diffusers, the configuration it was published with, the shapes it is run at, and how its
+inputs follow from both. `build` gives the published model without its weights: fake tensors with shapes and no memory.
+`small` gives the same class with a few channels and random weights, which runs on any CPU.
+"""
+
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one call. Height and width are those of the video in pixels; a latent has one for 8 x 8."""
+
+    frames: int
+    height: int
+    width: int
+    batch: int = 2  # classifier-free guidance runs the prompt and the empty prompt together
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        return self.height // 8, self.width // 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model: `class_path` as `pkgutil.resolve_name` reads it, `source` the repository on Hugging Face and its file.
+
+    `small` overrides `config` for a model that runs in a test. `inputs(config, shape, dtype)` makes the arguments and
+    keyword arguments of `forward`, in the layout in which the model's pipeline passes them.
+    """
+
+    name: str
+    class_path: str
+    source: str
+    config: Mapping[str, Any]
+    small: Mapping[str, Any]
+    shape: Shape
+    inputs: Callable[[Mapping[str, Any], Shape, torch.dtype], Inputs]
+
+
+def svd_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents (batch, frames, 8, h, w): 4 channels of noise, 4 of the image; one CLIP embedding of the image."""
+    latents = torch.randn(shape.batch, shape.frames, 8, *shape.latent, dtype=dtype)
+    image = torch.randn(shape.batch, 1, config["cross_attention_dim"], dtype=dtype)
+    # Frames a second less one, motion bucket, noise added to the image: the pipeline's defaults.
+    time_ids = torch.tensor([[6.0, 127.0, 0.02]] * shape.batch, dtype=dtype)
+    timestep = torch.tensor(1.0, dtype=torch.float32)  # Euler: log(sigma) / 4
+    return (latents, timestep, image), {"added_time_ids": time_ids, "return_dict": False}
+
+
+def text_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents (batch, 4, frames, h, w) and a text embedding (batch, 77, channels)."""
+    latents = torch.randn(shape.batch, 4, shape.frames, *shape.latent, dtype=dtype)
+    text = torch.randn(shape.batch, 77, config["cross_attention_dim"], dtype=dtype)
+    return (latents, torch.tensor(500), text), {"return_dict": False}
+
+
+def animatediff_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """As `text_inputs`, the text repeated for each frame: (batch * frames, 77, channels)."""
+    (latents, timestep, text), kwargs = text_inputs(config, shape, dtype)
+    return (latents, timestep, text.repeat_interleave(shape.frames, dim=0)), kwargs
+
+
+def i2vgenxl_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Noise and image latents (batch, 4, frames, h, w), an image and a text embedding, and frames a second."""
+    (latents, timestep, text), kwargs = text_inputs(config, shape, dtype)
+    conditions = {
+        "image_latents": torch.randn_like(latents),
+        "image_embeddings": torch.randn(shape.batch, config["cross_attention_dim"], dtype=dtype),
+        "encoder_hidden_states": text,
+    }
+    return (latents, timestep, torch.tensor([16] * shape.batch)), conditions | kwargs
+
+
+# The four channel widths of Stable Diffusion 1 and 2, which all of these share.
+WIDTHS = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
+SMALL_WIDTHS = {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "cross_attention_dim": 32}
+
+SVD = Entry(
+    name="svd-unet",
+    class_path="diffusers:UNetSpatioTemporalConditionModel",
+    source="stabilityai/stable-video-diffusion-img2vid, unet/config.json",
+    config=WIDTHS
+    | {
+        "sample_size": 96,
+        "in_channels": 8,
+        "out_channels": 4,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 768,
+        "cross_attention_dim": 1024,
+        "num_attention_heads": (5, 10, 20, 20),
+        "num_frames": 14,
+    },
+    small=SMALL_WIDTHS
+    | {
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 96,
+        "num_attention_heads": (2, 4, 4, 4),
+    },
+    shape=Shape(frames=14, height=576, width=1024),
+    inputs=svd_inputs,
+)
+
+SVD_XT = replace(
+    SVD,
+    name="svd-xt-unet",
+    source="stabilityai/stable-video-diffusion-img2vid-xt, unet/config.json",
+    config={**SVD.config, "num_frames": 25},
+    shape=Shape(frames=25, height=576, width=1024),
+)
+
+ANIMATEDIFF = Entry(
+    name="animatediff-unet",
+    class_path="diffusers:UNetMotionModel",
+    source="Stable Diffusion 1.5, unet/config.json, with guoyww/animatediff-motion-adapter-v1-5-2, config.json",
+    config=WIDTHS
+    | {
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+        "num_attention_heads": 8,
+        "motion_num_attention_heads": 8,
+        "motion_max_seq_length": 32,
+        "use_motion_mid_block": True,
+    },
+    small=SMALL_WIDTHS | {"num_attention_heads": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8},
+    shape=Shape(frames=16, height=576, width=1024),
+    inputs=animatediff_inputs,
+)
+
+# In the two below `attention_head_dim` is the width of a head, not their number.
+MODELSCOPE = Entry(
+    name="modelscope-unet",
+    class_path="diffusers:UNet3DConditionModel",
+    source="damo-vilab/text-to-video-ms-1.7b, unet/config.json",
+    config=WIDTHS | {"sample_size": 32, "cross_attention_dim": 1024, "attention_head_dim": 64},
+    small=SMALL_WIDTHS | {"attention_head_dim": 16, "norm_num_groups": 8},
+    shape=Shape(frames=16, height=320, width=576),
+    inputs=text_inputs,
+)
+
+I2VGENXL = Entry(
+    name="i2vgenxl-unet",
+    class_path="diffusers:I2VGenXLUNet",
+    source="ali-vilab/i2vgen-xl, unet/config.json",
+    config=WIDTHS | {"sample_size": 32, "cross_attention_dim": 1024, "attention_head_dim": 64},
+    small=SMALL_WIDTHS | {"attention_head_dim": 16, "norm_num_groups": 8},
+    shape=Shape(frames=16, height=704, width=1280),
+    inputs=i2vgenxl_inputs,
+)
+
+CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in (SVD, SVD_XT, ANIMATEDIFF, MODELSCOPE, I2VGENXL)}
+
+
+def build(
+    name: str,
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int | None = None,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+    fake: bool = True,
+) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Returns the model at its published configuration, in eval mode, with its args and kwargs.
+
+    `height` and `width` are in pixels; what is not given is as the entry says. With `fake`, weights and inputs are
+    fake tensors of one FakeTensorMode and nothing is allocated; without, weights and inputs are random.
+    """
+    entry = _entry(name)
+    given = {"frames": frames, "height": height, "width": width, "batch": batch}
+    shape = replace(entry.shape, **{key: value for key, value in given.items() if value is not None})
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with mode, torch.device(device), torch.no_grad():
+        model = _construct(entry, entry.config, dtype)
+        args, kwargs = entry.inputs(entry.config, shape, dtype)
+    return model, args, kwargs
+
+
+def small(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frames: int = 5,
+    height: int = 24,
+    width: int = 32,
+    batch: int = 2,
+    seed: int = 0,
+) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Returns a model of the same class with few channels and random weights, in eval mode, with its args and kwargs.
+
+    `height` and `width` are those of the latent. The same seed gives the same weights and inputs.
+    """
+    entry = _entry(name)
+    config = {**entry.config, **entry.small}
+    shape = Shape(frames, height * 8, width * 8, batch)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = _construct(entry, config, torch.float32)
+        _randomise_constants(model)
+        args, kwargs = entry.inputs(config, shape, dtype)
+    # Not `model.to`, which diffusers answers with a warning.
+    return torch.nn.Module.to(model, dtype), args, kwargs
+
+
+def _entry(name: str) -> Entry:
+    if name not in CATALOGUE:
+        raise KeyError(f"no model {name!r} in the catalogue; there are {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]
+
+
+def _construct(entry: Entry, config: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    with _default_dtype(dtype):
+        model = pkgutil.resolve_name(entry.class_path)(**config)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _randomise_constants(model: torch.nn.Module) -> None:
+    """Gives random values to what initialisation left constant and training would not.
+
+    A projection of zeros takes its whole branch out of the output, and a norm's ones and zeros hide its scale and
+    shift: a test on such weights would pass whatever became of them. `mix_factor` weighs the spatial against the
+    temporal branch; around 0 its sigmoid gives both about half.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("mix_factor"):
+            parameter.normal_()
+        elif parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif (parameter == parameter.flatten()[0]).all():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
