@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -51,11 +52,11 @@ class Budget:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text, re.ASCII)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ValueError(f"memory_budget {text!r} can't be read: {_FORMS}")
-    return int(float(match[1]) * unit)
+    return int(Fraction(match[1]) * unit)
 
 
 def format_bytes(size: float) -> str:

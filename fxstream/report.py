@@ -132,14 +132,16 @@ def make_plan(
 
 
 def _groups(streamed: Streamed, depth: int, outside: int) -> Iterator[PlannedGroup]:
+    """The groups of a graph whose surroundings hold ``outside`` bytes, each followed by those of its body."""
     live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
     for number, group in enumerate(streamed.groups):
+        after = live[f"loop_{number}"]
         loop = streamed.graph_module.get_submodule(f"loop_{number}")
         body = next(iter(loop.bodies.values()))
-        yield _planned(streamed, group, depth, outside, live[f"loop_{number}"], body.code)
-    if streamed.inner is not None:
-        around = streamed.after.peak_bytes - streamed.inner.after.peak_bytes
-        yield from _groups(streamed.inner, depth + 1, outside + around)
+        yield _planned(streamed, group, depth, outside, after, body.code)
+        if group in streamed.inner:
+            inner = streamed.inner[group]
+            yield from _groups(inner, depth + 1, outside + after - inner.after.peak_bytes)
 
 
 def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: int, code: str) -> PlannedGroup:

@@ -81,7 +81,22 @@ class Cut:
     resize: Callable[[int], Mapping[str, Any]] = field(default=_no_resize)
 
 
-__all__ = ["Call", "Cut", "Rule", "Slice", "backward", "forward", "registered", "rule"]
+__all__ = ["Call", "Cut", "Rule", "Slice", "backward", "forward", "registered", "rule", "with_arguments"]
+
+def with_arguments(
+    target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call with some arguments, by schema name, replaced."""
+    names = [argument.name for argument in target._schema.arguments]
+    replaced, named = list(args), dict(kwargs)
+    for name, value in values.items():
+        position = names.index(name)
+        if position < len(replaced):
+            replaced[position] = value
+        else:
+            named[name] = value
+    return tuple(replaced), named
+
 
 Rule = Callable[[Call, Slice], "Cut | None"]
 _RULES: dict[OpOverload, Rule] = {}

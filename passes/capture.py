@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import logging
+import operator
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 
-_MODULE_FILE = inspect.getfile(nn.Module)
+_TORCH = str(Path(torch.__file__).parent)
+_LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
 ROOT = "model"
 """Name under which a captured graph holds the user's module."""
 
@@ -42,10 +50,11 @@ class Inputs:
 
     @staticmethod
     def of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        leaves, spec = pytree.tree_flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)}))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        rest = tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        return Inputs(tensors, rest, spec)
+        return Inputs(*flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)})))
+
+    def without_tensors(self) -> Inputs:
+        """How the call is put together, alone: nothing here keeps an example's tensors alive."""
+        return Inputs((), self.rest, self.spec)
 
     def key(self) -> Any:
         """A value that is equal for calls that one plan serves.
@@ -53,9 +62,9 @@ class Inputs:
         Raises ``ValueError`` for an argument that can't be compared.
         """
         tensors = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.tensors)
-        rest = tuple((type(leaf), leaf) for leaf in self.rest)
+        rest = tuple((type(leaf), leaf.hex() if isinstance(leaf, float) else leaf) for leaf in self.rest)
         try:
-            hash(rest)
+            hash((self.spec, rest))
         except TypeError:
             kinds = sorted({type(leaf).__name__ for leaf in self.rest if type(leaf).__hash__ is None})
             raise ValueError(
@@ -66,9 +75,7 @@ class Inputs:
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with ``tensors`` in place of this call's own."""
-        given = iter(tensors)
-        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self.rest]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = unflatten(tensors, self.rest, self.spec)
         return args, kwargs
 
 
@@ -79,6 +86,62 @@ class _TensorLeaf:
 
 _TENSOR = _TensorLeaf()
 """Stands for a tensor among the other leaves."""
+
+
+def flatten(value: Any) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...], pytree.TreeSpec]:
+    """Any nest of containers and objects -> its tensors, its other leaves (``_TENSOR`` for a tensor), its structure."""
+    leaves, spec = pytree.tree_flatten(value)
+    if any(_holds_tensors(leaf) for leaf in leaves):
+        leaves, spec = pytree.tree_flatten(pytree.tree_unflatten([_opened(leaf) for leaf in leaves], spec))
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return tensors, tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), spec
+
+
+def unflatten(tensors: Sequence[torch.Tensor], rest: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """The inverse of ``flatten``."""
+    given = iter(tensors)
+    return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in rest], spec)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The attributes of an object of ``kind``: a dataclass, or another class that pytree doesn't know, with tensors."""
+
+    kind: type
+    attributes: dict[str, Any]
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    """Whether a leaf of pytree's is an object with tensors in its attributes."""
+    if isinstance(leaf, (torch.Tensor, nn.Module, type, str, int, float, _TensorLeaf)) or leaf is None:
+        return False
+    found = pytree.tree_leaves(list(_attributes(leaf).values()))
+    return any(isinstance(x, torch.Tensor) or (is_dataclass(leaf) and _holds_tensors(x)) for x in found)
+
+
+def _attributes(leaf: Any) -> dict[str, Any]:
+    if is_dataclass(leaf):
+        return {field.name: getattr(leaf, field.name) for field in fields(leaf)} | getattr(leaf, "__dict__", {})
+    return getattr(leaf, "__dict__", {})
+
+
+def _opened(leaf: Any) -> Any:
+    if not _holds_tensors(leaf):
+        return leaf
+    return _Opened(type(leaf), pytree.tree_map(_opened, _attributes(leaf)))
+
+
+def _closed(values: Sequence[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+    kind, names = context
+    made = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+pytree.register_pytree_node(
+    _Opened, lambda opened: (list(opened.attributes.values()), (opened.kind, tuple(opened.attributes))), _closed
+)
 
 
 @dataclass
@@ -94,8 +157,7 @@ class Captured:
     spec: pytree.TreeSpec
 
     def result(self, tensors: Sequence[torch.Tensor]) -> Any:
-        given = iter(tensors)
-        return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in self.rest], self.spec)
+        return unflatten(tensors, self.rest, self.spec)
 
 
 class _Flat(nn.Module):
@@ -109,12 +171,37 @@ class _Flat(nn.Module):
         self.function = (function,)  # in a tuple, lest a module be registered twice
         self.inputs = inputs
         self.record = record
+        self.training = model.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.inputs.call(tensors)
-        leaves, spec = pytree.tree_flatten(self.function[0](*args, **kwargs))
-        self.record((tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), spec))
-        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        try:
+            with _assigned_buffers_written(self.function[0]):
+                found, rest, spec = flatten(self.function[0](*args, **kwargs))
+        except Exception as error:
+            raise _ForwardError from error
+        self.record((rest, spec))
+        return found
+
+
+class _ForwardError(Exception):
+    """The user's model raised, as the cause says. Without this torch.export prints the graph that it has so far."""
+
+
+@contextmanager
+def _assigned_buffers_written(function: Callable[..., Any]) -> Iterator[None]:
+    """Let ``self.buffer = value`` in a forward write into the buffer, which ``torch.export`` would forget."""
+    module, _ = owner(function)
+    before = [(sub, name, buffer) for sub in module.modules() for name, buffer in sub._buffers.items()]
+    yield
+    for sub, name, buffer in before:
+        assigned = sub._buffers.get(name)
+        if assigned is buffer:
+            continue
+        if buffer is None or assigned is None or assigned.shape != buffer.shape or assigned.dtype != buffer.dtype:
+            raise RuntimeError(f"forward replaces the buffer {name!r} of {type(sub).__name__} by one of another kind")
+        buffer.copy_(assigned)
+        sub._buffers[name] = buffer
 
 
 def owner(target: Callable[..., Any]) -> tuple[nn.Module, Callable[..., Any]]:
@@ -142,15 +229,55 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     inputs = Inputs.of(args, keywords)
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
     flat = _Flat(module, function, inputs, results.append)
-    flat.training = module.training
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with torch.no_grad(), _quiet(), _attributes_kept(module):
             exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
             exported = exported.run_decompositions({})
     except Exception as error:
-        raise _capture_error(module, error) from error
-    return Captured(_graph_module(exported, module), inputs, *results[-1])
+        raise _capture_error(module, error.__cause__ if isinstance(error, _ForwardError) else error) from error
+    _check_static(exported, module)
+    return Captured(_graph_module(exported, module), inputs.without_tensors(), *results[-1])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings about its own future, and its logs of an error that is raised anyway."""
+    levels = [log.level for log in _LOGS]
+    for log in _LOGS:
+        log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log, level in zip(_LOGS, levels, strict=True):
+            log.setLevel(level)
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to the attributes of modules, containers among them all the way down."""
+    rewinds = [_rewind(vars(sub)) for sub in module.modules()]
+    try:
+        yield
+    finally:
+        for rewind in rewinds:
+            rewind()
+
+
+def _rewind(container: Any) -> Callable[[], None]:
+    """A function that gives a dict or list, and those within it, their present content back."""
+    content = container.copy()
+    values = content.values() if isinstance(content, dict) else content
+    inner = [_rewind(value) for value in values if type(value) in (dict, OrderedDict, list)]
+
+    def rewind() -> None:
+        container.clear()
+        container.update(content) if isinstance(content, dict) else container.extend(content)
+        for within in inner:
+            within()
+
+    return rewind
 
 
 def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -185,15 +312,17 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> 
             raise CaptureError(f"the captured graph has an input of kind {spec.kind.name}, which fxstream can't run")
         env[node] = graph.create_node("get_attr", target, name=node.name)
         env[node].meta = dict(node.meta)
+    inputs = {node.name: node for node in source.nodes if node.op == "placeholder"}
     results = []
     for spec, value in zip(exported.graph_signature.output_specs, source.output_node().args[0], strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
             results.append(env[value])
             continue
-        name = next(name for name, given in specs.items() if name == spec.target or given.target == spec.target)
-        written = next(env[node] for node in source.nodes if node.name == name)
+        name = next(name for name, given in specs.items() if spec.target in (name, given.target))
+        written = env[inputs[name]]
         write = graph.call_function(torch.ops.aten.copy_.default, (written, env[value]))
         write.meta = {**env[value].meta, "val": written.meta["val"]}
+        env[value] = write  # a result that is the mutated tensor is that tensor
     graph.output(tuple(results))
     root.add_module(ROOT, module)
     captured = fx.GraphModule(root, graph, class_name="Captured")
@@ -213,36 +342,73 @@ def module_path(node: fx.Node) -> str:
     return path.removeprefix(ROOT).removeprefix(".")
 
 
-def _capture_error(module: nn.Module, error: Exception) -> CaptureError:
-    """Name the innermost of the user's submodules in the error's traceback, and the line that it was at."""
+def _check_static(exported: torch.export.ExportedProgram, module: nn.Module) -> None:
+    """Refuse a graph whose shapes or numbers depend on the values of tensors, or that holds graphs of its own."""
+    for node in exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
+            if not isinstance(node.target, torch._ops.HigherOrderOperator):
+                continue  # arithmetic on a symbolic size: what made the size is named instead
+            what = f"{node.target} has graphs of its own"
+            advice = f"Replace {node.target} there by operators on tensors, such as torch.where."
+        elif _is_symbolic(node.meta.get("val")):
+            what = f"the result of {node.target} has a value or a shape that depends on tensors' values"
+            advice = _VALUES
+        else:
+            continue
+        frames = [
+            ":".join(frame) for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if _is_users(frame[0])
+        ]
+        raise _error(module, module_path(node), frames[-1] if frames else "", what, advice)
+
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+_VALUES = (
+    "A Python number, branch or size there depends on a tensor's values. Pass that value as a Python number, "
+    "or compute with the tensor itself, as by torch.where."
+)
+_OPERATORS = (
+    "Check that the model runs on these inputs by itself; then replace what torch.export can't trace there, "
+    "or optimize the submodules around it one by one."
+)
+
+
+def _is_users(file: str) -> bool:
+    return file != __file__ and not file.startswith((_TORCH, "<eval", "<string"))
+
+
+def _is_symbolic(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    sizes = [size for leaf in leaves if isinstance(leaf, torch.Tensor) for size in leaf.shape]
+    return any(isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in [*leaves, *sizes])
+
+
+def _capture_error(module: nn.Module, error: BaseException) -> CaptureError:
+    """Name the innermost of the user's submodules in the error's traceback, and the user's line that it was at."""
     if isinstance(error, CaptureError):
         return error
     names = {id(sub): name for name, sub in module.named_modules()}
-    path, source = "", ""
+    path, source, inside = "", "", False
     frame: TracebackType | None = error.__traceback__
     while frame is not None:
-        this = frame.tb_frame.f_locals.get("self")
-        if id(this) in names and frame.tb_frame.f_code.co_filename != _MODULE_FILE:
-            path = names[id(this)]
-            source = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+        code, scope = frame.tb_frame.f_code, frame.tb_frame.f_locals
+        this = scope.get(code.co_varnames[0]) if code.co_argcount else None
+        if id(this) in names and code.co_filename != __file__:
+            path, inside = names[id(this)], True
+        if inside and _is_users(code.co_filename):
+            source = f"{code.co_filename}:{frame.tb_lineno}"
         frame = frame.tb_next
-    line = linecache.getline(source.rpartition(":")[0], int(source.rpartition(":")[2])).strip() if source else ""
-    where = f"in {path or type(module).__name__}" + (f" ({source})" if source else "")
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    message = f"could not capture {type(module).__name__} as one graph: {where}\n"
-    message += f"    {line}\n" if line else ""
-    message += f"  {type(error).__name__}: {first}\n  {_advice(error)}"
-    return CaptureError(message, module_path=path, source=source)
+    data_dependent = "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
+    advice = _VALUES if data_dependent else _OPERATORS
+    return _error(module, path, source, f"{type(error).__name__}: {first}", advice)
 
 
-def _advice(error: Exception) -> str:
-    name = type(error).__name__
-    if "DataDependent" in name or "data-dependent" in str(error):
-        return (
-            "A Python branch or size there depends on a tensor's values. Pass that value as a Python number, "
-            "or replace the branch by torch.where / torch.cond."
-        )
-    return (
-        "Check that the model runs on these inputs by itself; then replace what torch.export can't trace there, "
-        "or optimize the submodules around it one by one."
-    )
+def _error(module: nn.Module, path: str, source: str, what: str, advice: str) -> CaptureError:
+    name = type(module).__name__
+    file, _, number = source.rpartition(":")
+    line = linecache.getline(file, int(number)).strip() if source else ""
+    message = f"could not capture {name} as one graph: in {path or name}" + (f" ({source})" if source else "")
+    message += f"\n    {line}" if line else ""
+    return CaptureError(f"{message}\n  {what}\n  {advice}", module_path=path, source=source)

@@ -8,56 +8,32 @@ lowest reachable budget is the path whose highest edge is lowest.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterable
+from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
-import torch
-from torch import fx
-
-from fxstream.loop import Slice
+from fxstream.passes.candidates import Candidate
 from fxstream.passes.cost import CostModel
-from fxstream.passes.layout import slice_layout
-from fxstream.passes.liveness import storages_of
 from fxstream.passes.program import Program
 from fxstream.passes.runs import Run
 
-MOST_CUTS = 12
-"""Ends of a run that are considered as first and as last nodes of a group: those with the fewest bytes live there."""
+SLICE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+"""Slice counts worth a look, besides the most that the cost model allows."""
+
+LOOP_LAUNCHES = 4
+"""What a slice costs beside its kernels (windows, stores, the call), in launches."""
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """An interval [start, end] of a run as a loop, before its slice count is chosen.
+class Option(NamedTuple):
+    """A candidate with a slice count: estimated time and peak."""
 
-    Its peak is ``fixed_bytes`` plus ``step_bytes`` for each step of the axis in a slice. ``launches`` is nodes a
-    slice, ``traffic`` bytes moved over all slices, ``weight_traffic`` bytes read again by each.
-    """
-
-    run: Run
-    start: int
-    end: int
-    fixed_bytes: int
-    step_bytes: float
-    launches: int
-    traffic: float
-    weight_traffic: float
-    measured: dict[int, int] = field(default_factory=dict)
-
-    def body_bytes(self, length: int) -> float:
-        """Peak bytes inside a body of ``length`` steps: exact where it was built, else by the nearest that was."""
-        if length in self.measured or not self.measured:
-            return self.measured.get(length, self.step_bytes * length)
-        known = min(self.measured, key=lambda other: abs(other - length))
-        return self.measured[known] * max(1.0, length / known) if length > known else self.measured[known]
-
-    def peak_bytes(self, slices: int) -> float:
-        return self.fixed_bytes + self.body_bytes(ceil(self.run.extent / slices))
+    seconds: float
+    slices: int
+    peak_bytes: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Group:
     """A run's interval [start, end] of the schedule, to be run as a loop over slices of ``lengths`` steps."""
 
@@ -86,27 +62,26 @@ def lengths_of(extent: int, slices: int) -> tuple[int, ...]:
 class Grouping:
     """The segments that a program can be divided into, priced."""
 
-    def __init__(self, program: Program, runs: Sequence[Run], costs: CostModel) -> None:
+    def __init__(self, program: Program, candidates: Iterable[Candidate], costs: CostModel) -> None:
         self.program, self.costs = program, costs
-        self.by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
-        self._traffic = [_traffic(program, index) for index in range(len(program))]
-        for run in runs:
-            for candidate in self._candidates(run):
-                self.by_end[candidate.end].append(candidate)
-        self._single = [
-            costs.launch * bool(traffic) + traffic * costs.rate(traffic) + weights * costs.rate(weights)
-            for traffic, weights in self._traffic
-        ]
+        self._single = [self._price_whole(*program.traffic(index)) for index in range(len(program))]
+        self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
+        self._options: dict[Candidate, list[Option]] = {}
+        self._fixed: set[Group] = set()
+        for candidate in candidates:
+            self._by_end[candidate.end].append(candidate)
+            self._weigh(candidate)
 
     def lowest_bytes(self) -> float:
         """The lowest budget for which ``choose`` finds groups."""
         best = [0.0]
         for end, live in enumerate(self.program.live_bytes):
-            peaks = [max(best[end], live)]
-            for candidate in self.by_end[end]:
-                most = min(candidate.run.extent, self.costs.most_slices)
-                peaks.append(max(best[candidate.start], candidate.peak_bytes(most)))
-            best.append(min(peaks))
+            lowest = max(best[end], live)
+            for candidate in self._by_end[end]:
+                before = best[candidate.start]
+                if before < lowest:
+                    lowest = min(lowest, max(before, min(o.peak_bytes for o in self._options[candidate])))
+            best.append(lowest)
         return best[-1]
 
     def choose(self, budget: float) -> list[Group] | None:
@@ -117,12 +92,16 @@ class Grouping:
         for end, live in enumerate(self.program.live_bytes):
             best = cost[end] + self._single[end] if live <= budget else infinite
             how: tuple[int, Candidate | None, int] = (end, None, 1)
-            for candidate in self.by_end[end]:
+            for candidate in self._by_end[end]:
                 before = cost[candidate.start]
-                if before < best:
-                    slices, price = self._slices(candidate, budget)
-                    if before + price < best:
-                        best, how = before + price, (candidate.start, candidate, slices)
+                if before >= best:
+                    continue
+                for option in self._options[candidate]:
+                    if before + option.seconds >= best:
+                        break
+                    if option.peak_bytes <= budget:
+                        best, how = before + option.seconds, (candidate.start, candidate, option.slices)
+                        break
             cost.append(best)
             step.append(how)
         if cost[-1] == infinite:
@@ -131,181 +110,36 @@ class Grouping:
         while at:
             start, candidate, slices = step[at - 1]
             if candidate is not None:
-                lengths = lengths_of(candidate.run.extent, slices)
-                groups.append(Group(candidate, lengths))
+                groups.append(Group(candidate, lengths_of(candidate.run.extent, slices)))
             at = start
         return groups[::-1]
 
-    def _slices(self, candidate: Candidate, budget: float) -> tuple[int, float]:
-        """The cheapest slice count within the budget, and its estimated seconds."""
-        if candidate.fixed_bytes > budget:
-            return 1, float("inf")
-        most = min(candidate.run.extent, self.costs.most_slices)
-        prices = [
-            (self._price(candidate, slices), slices)
-            for slices in self._counts(most)
-            if candidate.peak_bytes(slices) <= budget
-        ]
-        price, slices = min(prices, default=(float("inf"), 1))
-        return slices, price
+    def learn(self, group: Group, length: int, body_bytes: int) -> None:
+        """Take in the exact peak of a body of ``length`` steps."""
+        if group not in self._fixed:
+            group.candidate.measured[length] = body_bytes
+            self._weigh(group.candidate)
 
-    @staticmethod
-    @cache
-    def _counts(most: int) -> tuple[int, ...]:
-        """Slice counts worth a look, up to ``most``: a few a doubling."""
-        few = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-        return (*(count for count in few if count < most), most)
+    def fix(self, group: Group, body_bytes: int) -> None:
+        """Add a candidate that may be used just as the group does, its bodies' peak known."""
+        candidate, slices = group.candidate, len(group.lengths)
+        self._fixed.add(group)
+        self._by_end[candidate.end].append(candidate)
+        peak = candidate.fixed_bytes + body_bytes
+        self._options[candidate] = [Option(self._price(candidate, slices), slices, peak)]
+
+    def _weigh(self, candidate: Candidate) -> None:
+        most = min(candidate.run.extent, self.costs.most_slices)
+        counts = (*(count for count in SLICE_COUNTS if count < most), most)
+        options = [Option(self._price(candidate, n), n, candidate.peak_bytes(n)) for n in counts]
+        self._options[candidate] = sorted(options)
 
     def _price(self, candidate: Candidate, slices: int) -> float:
-        working_set = candidate.step_bytes * ceil(candidate.run.extent / slices)
-        weights = candidate.weight_traffic * slices * self.costs.rate(candidate.weight_traffic)
-        return (
-            slices * candidate.launches * self.costs.launch
-            + candidate.traffic * self.costs.rate(working_set)
-            + weights
-        )
+        rate, launch = self.costs.rate, self.costs.launch
+        working_set = candidate.body_bytes(ceil(candidate.run.extent / slices))
+        weights = candidate.weight_traffic * slices * rate(candidate.weight_traffic)
+        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + candidate.traffic * rate(working_set) + weights
 
-    def whole(self, run: Run) -> Candidate:
-        """A run from end to end."""
-        return list(_sweep(self.program, run, run.start, {run.end}, self._traffic))[-1]
-
-    def _candidates(self, run: Run) -> Iterator[Candidate]:
-        cuts = self.program.cut_bytes
-        inside = [index for index in run.slices if run.start <= index <= run.end]
-        starts = {run.start, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index])}
-        ends = {run.end, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index + 1])}
-        for start in sorted(starts):
-            yield from _sweep(self.program, run, start, ends, self._traffic)
-
-
-def _sweep(
-    program: Program, run: Run, start: int, ends: set[int], traffic: Sequence[tuple[int, int]]
-) -> Iterator[Candidate]:
-    """The candidates that begin at ``start``: one pass over the run, its memory kept along the way."""
-    storages, extent = program.liveness.storages, run.extent
-    held = program.cut_bytes[start]  # what was live before: inputs of the group, and what lives across it
-    hoisted = 0  # whole values of the group
-    hoisting = 0  # the peak while they are computed
-    body = 0.0  # bytes a step of the axis, live in the body at this node
-    peak = 0.0
-    outputs = 0  # bytes of what the body makes that outlives this node
-    launches, moved, weights = 0, 0.0, 0.0
-    windows: dict[tuple[fx.Node, Slice], int] = {}
-    sliced = set()
-    expiring: dict[int, float] = {}
-    for index in range(start, run.end + 1):
-        made = program.born[index]
-        size = sum(storages[s].bytes for s in made)
-        transient = program.liveness.transient[index]
-        if index not in run.slices:
-            hoisted += size
-            hoisting = max(hoisting, hoisted + transient)
-            hoisted -= sum(storages[s].bytes for s in made if storages[s].death == index)
-            continue
-        sliced.update(made)
-        outputs += size
-        body += size / extent
-        for node, piece in zip(program.values[index].reads, run.cuts[index].inputs, strict=True):
-            at = program.position.get(node, -1)
-            if piece is None or (at >= start and at in run.slices):
-                continue
-            if (node, piece) not in windows:
-                windows[node, piece] = index
-                launches += 1
-                value = node.meta["val"]
-                if not isinstance(value, torch.Tensor):
-                    return  # one of several results: the loop has to begin before the call that makes them
-                if piece.outer > 1:
-                    copied = value.numel() * value.element_size() / extent
-                    last = max(program.position.get(user, 0) for user in node.users if _within(program, user, run))
-                    body += copied
-                    expiring[last] = expiring.get(last, 0.0) + copied
-                    moved += 2 * copied * extent
-        peak = max(peak, body + transient / extent)
-        dying = sum(s.bytes for s in (storages[i] for i in made) if s.death == index)
-        outputs -= dying
-        body -= dying / extent + expiring.pop(index, 0.0)
-        for node in program.values[index].reads:
-            for storage in program.liveness.of.get(node, ()):
-                if storage in sliced and storages[storage].death == index and storages[storage].birth != index:
-                    outputs -= storages[storage].bytes
-                    body -= storages[storage].bytes / extent
-                    sliced.discard(storage)
-        if size or transient:
-            launches += 1
-            moved += traffic[index][0]
-            weights += traffic[index][1]
-        if index in ends and index > start and outputs > 0:
-            new = outputs - sum(size for size, _ in overwrites(program, run, start, index).values())
-            fixed = held + max(hoisting, hoisted + new)
-            yield Candidate(run, start, index, fixed, peak, launches, moved + outputs, weights)
-
-
-def _within(program: Program, node: fx.Node, run: Run) -> bool:
-    return program.position.get(node, -1) in run.slices
-
-
-def group_outputs(program: Program, run: Run, start: int, end: int) -> list[int]:
-    """Positions in the group whose storages outlive it: the loop's outputs."""
-    storages = program.liveness.storages
-    return [
-        index
-        for index in range(start, end + 1)
-        if index in run.slices and any(storages[s].death > end for s in program.born[index])
-    ]
-
-
-def overwrites(program: Program, run: Run, start: int, end: int) -> dict[int, tuple[int, fx.Node]]:
-    """Outputs of the group that can be written over one of its dying inputs: position -> (bytes, the input).
-
-    Legal where the input's storage was made by the graph, dies in the group, and every slice of the body reads of it
-    just the bytes that the output's slice is written to.
-    """
-    liveness = program.liveness
-    outputs = group_outputs(program, run, start, end)
-    if not outputs:
-        return {}
-    reads: dict[int, list[tuple[fx.Node, Slice | None]]] = {}
-    for index in range(start, end + 1):
-        if index not in run.slices:
-            continue
-        for node, piece in zip(program.values[index].reads, run.cuts[index].inputs, strict=True):
-            at = program.position.get(node, -1)
-            if at >= 0 and (at < start or at not in run.slices):
-                for storage in liveness.of[node]:
-                    if liveness.storages[storage].death <= end:
-                        reads.setdefault(storage, []).append((node, piece))
-    found: dict[int, tuple[int, fx.Node]] = {}
-    taken = set()
-    for index in outputs:
-        value = program.values[index].node.meta["val"]
-        if not isinstance(value, torch.Tensor):
-            continue
-        layout = slice_layout(value, run.slices[index])
-        size = value.untyped_storage().nbytes()
-        for storage, edges in reads.items():
-            node = edges[0][0]
-            if storage in taken or liveness.storages[storage].bytes != size or layout is None:
-                continue
-            same = all(p is not None and slice_layout(n.meta["val"], p) == layout for n, p in edges)
-            if same and len(list(storages_of(node.meta["val"]))) == 1:
-                found[index] = (size, node)
-                taken.add(storage)
-                break
-    return found
-
-
-def _traffic(program: Program, index: int) -> tuple[int, int]:
-    """Bytes that a node reads and writes: activations, and weights."""
-    value = program.values[index]
-    if program.is_view(index):
-        return 0, 0
-    activations = sum(program.liveness.storages[s].bytes for s in program.born[index])
-    weights = 0
-    for node, tensor in zip(value.reads, value.call.tensors, strict=False):
-        size = tensor.numel() * tensor.element_size()
-        if node.op == "get_attr":
-            weights += size
-        else:
-            activations += size
-    return activations, weights
+    def _price_whole(self, traffic: int, weights: int) -> float:
+        rate = self.costs.rate
+        return self.costs.launch * bool(traffic) + traffic * rate(traffic) + weights * rate(weights)

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
-from fxstream.passes.axes import Call, Cut, Slice, backward, forward
+from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
 from fxstream.passes.liveness import Liveness, analyze
+from fxstream.passes.propagate import fake_mode_of
+from fxstream.passes.workspace import call_workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ class Program:
     liveness: Liveness = field(init=False)
     values: list[Value] = field(init=False)
     position: dict[fx.Node, int] = field(init=False)
+    mode: FakeTensorMode = field(init=False)
     _memo: dict[Any, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.liveness = analyze(self.graph_module)
+        self.mode = fake_mode_of(self.graph_module.graph)
         self.values = [_value(node) for node in self.liveness.schedule]
         self.position = {node: index for index, node in enumerate(self.liveness.schedule)}
 
@@ -80,6 +85,51 @@ class Program:
         """Whether the node makes no storage of its own."""
         return not self.born[index]
 
+    def traffic(self, index: int) -> tuple[int, int]:
+        """Bytes that a node reads and writes: of activations, and of weights. A view moves nothing."""
+        if self.is_view(index):
+            return 0, 0
+        activations, weights = sum(self.liveness.storages[s].bytes for s in self.born[index]), 0
+        value = self.values[index]
+        for node, tensor in zip(value.reads, value.call.tensors, strict=False):
+            size = tensor.numel() * tensor.element_size()
+            if node.op == "get_attr":
+                weights += size
+            else:
+                activations += size
+        return activations, weights
+
+    def transient(self, index: int, out: Slice, cut: Cut, inside: tuple[bool, ...]) -> tuple[float, float]:
+        """Workspace of a sliced node: bytes that any slice needs, and bytes for each step of the axis in it.
+
+        ``inside`` tells which of its tensors are the body's own, the others being windows of whole ones.
+        """
+        if not self.liveness.transient[index] and all(inside):
+            return 0.0, 0.0
+        value = self.values[index]
+        key = (value.key, tuple(x.stride() for x in value.call.tensors if isinstance(x, torch.Tensor)), out, inside)
+        if key not in self._memo:
+            long, short = max(1, out.extent // 4), max(1, out.extent // 16)
+            most, least = (self._workspace(value.call, out, cut, inside, length) for length in (long, short))
+            step = (most - least) / (long - short) if long > short else most / long
+            self._memo[key] = max(0.0, least - step * short), max(0.0, step)
+        return self._memo[key]
+
+    def _workspace(self, call: Call, out: Slice, cut: Cut, inside: tuple[bool, ...], length: int) -> int:
+        if not isinstance(call.target, OpOverload) or not isinstance(call.out, torch.Tensor):
+            return 0
+        with torch.no_grad(), self.mode:
+            parts = iter(
+                x if piece is None else (torch.empty_like if own else _same)(piece.of(x, 0, length))
+                for x, piece, own in zip(call.tensors, cut.inputs, inside, strict=True)
+            )
+            leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
+            leaves = [next(parts) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            args, kwargs = with_arguments(call.target, args, kwargs, cut.resize(length))
+            result = torch.empty_like(out.of(call.out, 0, length))
+            return call_workspace_bytes(call.target, result, args, kwargs)
+
     def backward(self, index: int, out: Slice) -> Cut | None:
         """The rule's cut for a slice of the node's output."""
         value = self.values[index]
@@ -95,6 +145,10 @@ class Program:
         if key not in self._memo:
             self._memo[key] = forward(value.call, known)
         return self._memo[key]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _value(node: fx.Node) -> Value:

@@ -14,6 +14,7 @@ from math import prod
 import torch
 
 from fxstream.passes.axes import Cut, Slice
+from fxstream.passes.liveness import tensors_of
 from fxstream.passes.program import Program, is_getitem
 
 aten = torch.ops.aten
@@ -167,10 +168,9 @@ class _Scanner:
     def _pull(self, index: int, piece: Slice, least: float) -> None:
         """Take an independent node as the slice that is read of it, and what it reads in turn."""
         value = self.program.values[index]
-        single = isinstance(value.node.meta["val"], torch.Tensor) and not is_getitem(value.node)
-        if not single or not value.reads or _bytes(self.program, index) < least:
+        if not value.reads or _bytes(self.program, index) < least:
             return
-        cut = self.program.backward(index, piece)
+        cut = Cut((piece,)) if is_getitem(value.node) else self.program.backward(index, piece)
         if cut is None:
             return
         self.slices[index], self.cuts[index] = piece, cut
@@ -191,5 +191,4 @@ class _Scanner:
 
 
 def _bytes(program: Program, index: int) -> int:
-    value = program.values[index].node.meta["val"]
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+    return sum(x.numel() * x.element_size() for x in tensors_of(program.values[index].node.meta["val"]))

@@ -18,12 +18,13 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxstream.loop import Output, Slice, SlicedLoop
+from fxstream.passes.axes import with_arguments
 from fxstream.passes.capture import ROOT, share_weights
-from fxstream.passes.grouping import Group, group_outputs, overwrites
+from fxstream.passes.grouping import Group
 from fxstream.passes.liveness import analyze
 from fxstream.passes.normalize import is_impure
 from fxstream.passes.program import Program
-from fxstream.passes.propagate import evaluate, fake_mode_of
+from fxstream.passes.propagate import evaluate
 
 aten = torch.ops.aten
 
@@ -53,6 +54,7 @@ class Slicer:
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         modules: dict[str, SlicedLoop] = {}
+        moved: set[fx.Node] = set()  # nodes whose storages are not those of the program's
         by_start = {group.start: group for group in groups}
         done = -1
         for node in source.graph.nodes:
@@ -63,10 +65,10 @@ class Slicer:
                 group = by_start[index]
                 name = f"loop_{len(modules)}"
                 modules[name] = self.loop(group).module
-                self._emit(self.loop(group), name, graph, env)
+                self._emit(self.loop(group), name, graph, env, moved)
                 done = group.end
             else:
-                env[node] = graph.node_copy(node, env.__getitem__)
+                self._copy(node, graph, env, moved)
         graph.eliminate_dead_code(is_impure)
         sliced = fx.GraphModule({**_attributes(source), **modules}, graph, class_name="Streamed")
         root = getattr(source, ROOT, None)
@@ -74,26 +76,35 @@ class Slicer:
             share_weights(sliced, root)
         return sliced
 
-    def _emit(self, loop: Loop, name: str, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> None:
+    def _copy(self, node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node], moved: set[fx.Node]) -> None:
+        """Copy a node as it is; a view of what a loop has made shares its storage."""
+        copy = env[node] = graph.node_copy(node, env.__getitem__)
+        index = self.program.position.get(node, -1)
+        if index >= 0 and self.program.is_view(index) and any(read in moved for read in copy.all_input_nodes):
+            with self.program.mode:
+                copy.meta["val"] = evaluate(copy)
+            moved.add(copy)
+
+    def _emit(
+        self, loop: Loop, name: str, graph: fx.Graph, env: dict[fx.Node, fx.Node], moved: set[fx.Node]
+    ) -> None:
         program, group, nodes = self.program, loop.group, self.program.liveness.schedule
-        mode = fake_mode_of(program.graph_module.graph)
-        body = [index for index in range(group.start, group.end + 1) if index in group.run.slices]
-        for index in range(group.start, group.end + 1):
+        inside = range(group.start, group.end + 1)
+        body = [index for index in inside if index in group.run.slices]
+        for index in inside:
             if index not in group.run.slices:
-                env[nodes[index]] = graph.node_copy(nodes[index], env.__getitem__)
+                self._copy(nodes[index], graph, env, moved)
         call = graph.create_node("call_module", name, tuple(env[node] for node, _ in loop.inputs), name=name)
         inputs = [env[node].meta["val"] for node, _ in loop.inputs]
-        with mode:
+        with program.mode:
             call.meta = {**nodes[body[-1]].meta, "val": tuple(out.allocate(inputs) for out in loop.module.outputs)}
         for position, node in enumerate(loop.outputs):
             env[node] = graph.call_function(operator.getitem, (call, position))
             env[node].meta = {**node.meta, "val": call.meta["val"][position]}
+            moved.add(env[node])
         for index in body:
-            node = nodes[index]
-            if program.is_view(index) and all(argument in env for argument in node.all_input_nodes):
-                env[node] = graph.node_copy(node, env.__getitem__)
-                with mode:
-                    env[node].meta["val"] = evaluate(env[node])
+            if program.is_view(index) and all(read in env for read in nodes[index].all_input_nodes):
+                self._copy(nodes[index], graph, env, moved)
 
 
 @dataclass(frozen=True)
@@ -105,9 +116,10 @@ class Loop:
     inputs: tuple[LoopInput, ...]
     outputs: tuple[fx.Node, ...]
 
-    def body_bytes(self) -> int:
-        """Peak bytes inside a body, over the loop's inputs and outputs."""
-        return max(max(analyze(body).live_bytes(), default=0) for body in self.module.bodies.values())
+    def body_bytes(self) -> dict[int, int]:
+        """Length -> peak bytes inside a body of it, over the loop's inputs and outputs."""
+        bodies = self.module.bodies.items()
+        return {int(length): max(analyze(body).live_bytes(), default=0) for length, body in bodies}
 
 
 def _attributes(source: fx.GraphModule) -> dict[str, Any]:
@@ -120,13 +132,12 @@ def _loop(program: Program, group: Group) -> Loop:
     nodes, run = program.liveness.schedule, group.run
     body = [index for index in range(group.start, group.end + 1) if index in run.slices]
     inputs = _inputs(program, group, body)
-    over = overwrites(program, run, group.start, group.end)
+    over, outputs = group.candidate.over, group.candidate.outputs
     where = {node: position for position, (node, _) in enumerate(inputs)}
-    outputs = group_outputs(program, run, group.start, group.end)
     specs = []
     for index in outputs:
         value = nodes[index].meta["val"]
-        target = where[over[index][1]] if index in over else None
+        target = where[over[index]] if index in over else None
         layout = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
         specs.append(Output(run.slices[index], *layout, over=target))
     results = tuple(nodes[index] for index in outputs)
@@ -165,8 +176,7 @@ def _body(
     windows: dict[LoopInput, fx.Node] = {}
     parts: dict[LoopInput, fx.Node] = {}
     env: dict[fx.Node, fx.Node] = {}
-    mode = fake_mode_of(program.graph_module.graph)
-    with torch.no_grad(), mode:
+    with torch.no_grad(), program.mode:
         for node, piece in inputs:
             window = graph.placeholder(node.name)
             value = node.meta["val"]
@@ -207,8 +217,8 @@ def _sliced_node(
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     target = value.node.target
     if isinstance(target, OpOverload):
-        args, kwargs = _resize(target, list(args), kwargs, cut.resize(length))
-    node = graph.create_node("call_function", target, tuple(args), kwargs, name=value.node.name)
+        args, kwargs = with_arguments(target, args, kwargs, cut.resize(length))
+    node = graph.create_node("call_function", target, args, kwargs, name=value.node.name)
     node.meta = dict(value.node.meta)
     if target in (aten.view.default, aten._unsafe_view.default):
         _evaluate_view(node)
@@ -224,16 +234,3 @@ def _evaluate_view(node: fx.Node) -> None:
     except (RuntimeError, ValueError):
         node.target = aten.reshape.default
         node.meta["val"] = evaluate(node)
-
-
-def _resize(
-    target: OpOverload, args: list[Any], kwargs: dict[str, Any], sizes: Any
-) -> tuple[list[Any], dict[str, Any]]:
-    names = [argument.name for argument in target._schema.arguments]
-    for name, size in sizes.items():
-        position = names.index(name)
-        if position < len(args):
-            args[position] = size
-        else:
-            kwargs[name] = size
-    return args, kwargs

@@ -8,20 +8,24 @@ the body of that outer loop is streamed in turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from fxstream.passes.candidates import Candidate, find_candidates, whole
 from fxstream.passes.cost import CostModel, cost_model
 from fxstream.passes.grouping import Group, Grouping, lengths_of
 from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
 from fxstream.passes.program import Program
-from fxstream.passes.runs import Run, find_runs
+from fxstream.passes.runs import find_runs
 from fxstream.passes.slicing import Slicer
 
 HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live."""
+
+LARGE_SHARE = 0.01
+"""An outer loop begins at the first node that moves at least this share of the peak."""
 
 OUTER_SHARE = 0.5
 """A run through at least this share of the graph may become an outer loop."""
@@ -34,13 +38,13 @@ ROUNDS = 8
 
 @dataclass(frozen=True)
 class Streamed:
-    """A rewritten graph: ``groups`` in schedule order, those of an outer loop's body after it in ``inner``."""
+    """A rewritten graph: ``groups`` in schedule order; ``inner`` has what became of the bodies that were streamed."""
 
     graph_module: fx.GraphModule
     groups: tuple[Group, ...]
     program: Program
     after: MemoryProfile
-    inner: Streamed | None = None
+    inner: dict[Group, Streamed] = field(default_factory=dict)
 
 
 def stream(graph_module: fx.GraphModule, budget: int | None) -> Streamed:
@@ -53,14 +57,18 @@ def stream(graph_module: fx.GraphModule, budget: int | None) -> Streamed:
     if budget is not None and before.peak_bytes <= budget:
         return Streamed(graph_module, (), program, before)
     costs = _costs(program)
-    hot = [index for index, live in enumerate(program.live_bytes) if live >= HOT_SHARE * before.peak_bytes]
-    runs = find_runs(program, hot)
-    outer = [run for run in runs if len(run.slices) >= OUTER_SHARE * len(program)]
-    flat = _flat(program, [run for run in runs if run not in outer], costs, budget)
-    if not outer or (budget is not None and flat.after.peak_bytes <= budget):
-        return flat
-    nested = _nested(program, max(outer, key=lambda run: len(run.slices)), costs, budget)
-    return min((flat, nested), key=lambda found: found.after.peak_bytes)
+    outer = _outer(program, before.peak_bytes)
+    if budget is None and outer is not None:
+        return _nested(program, outer, costs, None)
+    candidates = _candidates(program, range(len(program)))
+    grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
+    flat = None
+    if outer is None or (budget is not None and grouping.lowest_bytes() <= budget):
+        flat = _flat(program, grouping, budget)
+        if outer is None or (budget is not None and flat.after.peak_bytes <= budget):
+            return flat
+    nested = _nested(program, outer, costs, budget)
+    return nested if flat is None else min((flat, nested), key=lambda found: found.after.peak_bytes)
 
 
 def _costs(program: Program) -> CostModel:
@@ -68,17 +76,32 @@ def _costs(program: Program) -> CostModel:
     return cost_model(value.device)
 
 
-def _flat(program: Program, runs: Sequence[Run], costs: CostModel, budget: int | None) -> Streamed:
+def _outer(program: Program, peak_bytes: int) -> Candidate | None:
+    """The run through nearly all of the graph, from its first large value on, whose body holds least."""
+    large = next(i for i in range(len(program)) if program.traffic(i)[0] >= LARGE_SHARE * peak_bytes)
+    runs = [run for run in find_runs(program, [large]) if len(run.slices) >= OUTER_SHARE * len(program)]
+    found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
+    return min(found, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
+
+
+def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
+    """The candidates of the runs at those positions where memory is high."""
+    hot = HOT_SHARE * max(program.live_bytes)
+    runs = find_runs(program, [index for index in where if program.live_bytes[index] >= hot])
+    return [candidate for run in runs for candidate in find_candidates(program, run)]
+
+
+def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slicer | None = None) -> Streamed:
     """Loops side by side."""
-    grouping, slicer = Grouping(program, runs, costs), Slicer(program)
+    slicer = slicer or Slicer(program)
     best: Streamed | None = None
     for _ in range(ROUNDS):
         lowest = grouping.lowest_bytes()
         target = lowest * SLACK if budget is None else max(lowest, budget)
         groups = grouping.choose(target) or []
         for group in groups:
-            for length in set(group.lengths):
-                group.candidate.measured[length] = slicer.loop(group).body_bytes()
+            for length, body_bytes in slicer.loop(group).body_bytes().items():
+                grouping.learn(group, length, body_bytes)
         rewritten = slicer.rewrite(groups)
         found = Streamed(rewritten, tuple(groups), program, profile(rewritten))
         if best is None or found.after.peak_bytes < best.after.peak_bytes:
@@ -89,16 +112,16 @@ def _flat(program: Program, runs: Sequence[Run], costs: CostModel, budget: int |
     return best
 
 
-def _nested(program: Program, run: Run, costs: CostModel, budget: int | None) -> Streamed:
-    """One loop around nearly all of the graph, its body streamed in turn."""
-    grouping, slicer = Grouping(program, [], costs), Slicer(program)
-    candidate = grouping.whole(run)
-    group = Group(candidate, lengths_of(run.extent, run.extent))
-    loop = slicer.loop(group)
-    rewritten = slicer.rewrite([group])
-    outside = profile(rewritten).peak_bytes - loop.body_bytes()
-    inner: Streamed | None = None
-    for length, body in list(loop.module.bodies.items()):
-        inner = stream(body, None if budget is None else max(budget - outside, 1))
-        loop.module.bodies[length] = inner.graph_module
-    return Streamed(rewritten, (group,), program, profile(rewritten), inner)
+def _nested(program: Program, outer: Candidate, costs: CostModel, budget: int | None) -> Streamed:
+    """One loop around nearly all of the graph, its body streamed in turn, beside the loops that the rest needs."""
+    slicer = Slicer(program)
+    group = Group(outer, lengths_of(outer.run.extent, outer.run.extent))
+    bodies = slicer.loop(group).module.bodies
+    [(length, body)] = bodies.items()
+    inner = stream(body, None if budget is None else max(budget - outer.fixed_bytes, 1))
+    bodies[length] = inner.graph_module
+    outside = [index for index in range(len(program)) if not outer.start <= index <= outer.end]
+    grouping = Grouping(program, _candidates(program, outside), costs)
+    grouping.fix(group, inner.after.peak_bytes)
+    streamed = _flat(program, grouping, budget, slicer)
+    return replace(streamed, inner={group: inner} if group in streamed.groups else {})

@@ -1,0 +1,199 @@
+"""Candidates: intervals of a run as loops, with what they hold in memory and what they move.
+
+All candidates of a run that begin at one node are found in one sweep over the run, its liveness kept along the way.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxstream.loop import Slice
+from fxstream.passes.layout import slice_layout
+from fxstream.passes.program import Program
+from fxstream.passes.runs import Run
+
+MOST_CUTS = 12
+"""Ends of a run that are considered as first and as last nodes of a group: those with the fewest bytes live there."""
+
+
+@dataclass(eq=False)
+class Candidate:
+    """An interval [start, end] of a run as a loop, before its slice count is chosen.
+
+    Its peak is ``fixed_bytes`` plus what a body holds: by estimate the most of ``moments``, pairs of bytes that any slice
+    holds and bytes for each step of the axis in it; ``measured`` has the exact bytes of the bodies that were built, by their length. ``launches`` is kernels a slice,
+    ``traffic`` bytes moved over all slices, ``weight_traffic`` bytes read again by each. ``outputs`` are the positions
+    whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
+    """
+
+    run: Run
+    start: int
+    end: int
+    fixed_bytes: int
+    moments: tuple[tuple[float, float], ...]
+    launches: int
+    traffic: float
+    weight_traffic: float
+    outputs: tuple[int, ...]
+    over: dict[int, fx.Node]
+    measured: dict[int, int] = field(default_factory=dict)
+
+    def body_bytes(self, length: int) -> float:
+        """Peak bytes inside a body of ``length`` steps: exact where it was built, else by the nearest that was."""
+        if length in self.measured or not self.measured:
+            return self.measured.get(length) or max(fixed + step * length for fixed, step in self.moments)
+        known = min(self.measured, key=lambda other: abs(other - length))
+        return self.measured[known] * max(1.0, length / known)
+
+    def peak_bytes(self, slices: int) -> float:
+        return self.fixed_bytes + self.body_bytes(ceil(self.run.extent / slices))
+
+
+def find_candidates(program: Program, run: Run) -> Iterator[Candidate]:
+    """The intervals of a run between its best cuts."""
+    cuts = program.cut_bytes
+    inside = sorted(run.slices)
+    starts = {run.start, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index])}
+    ends = {run.end, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index + 1])}
+    for start in sorted(starts):
+        if start in run.slices:
+            yield from _Sweep(program, run, start).candidates(ends)
+
+
+def whole(program: Program, run: Run) -> Candidate | None:
+    """A run from end to end."""
+    return next(_Sweep(program, run, run.start).candidates({run.end}), None)
+
+
+class _Sweep:
+    """Memory of a body that grows node by node. Bytes in ``body`` are for one step of the axis."""
+
+    def __init__(self, program: Program, run: Run, start: int) -> None:
+        self.program, self.run, self.start = program, run, start
+        self.held = program.cut_bytes[start]  # inputs of the group, and what lives across it
+        self.hoisted = self.hoisting = 0  # whole values of the group, and the peak while they are computed
+        self.body = 0.0
+        self.moments: list[tuple[float, float]] = []
+        self.outputs: dict[int, int] = {}  # position -> bytes of what the body makes that is still live
+        self.expiring: dict[int, float] = {}  # copied windows, by the position of their last use
+        self.windows: set[tuple[fx.Node, Slice | None]] = set()
+        self.reads: dict[int, Any] = {}  # storages from outside -> layout that slices read, None where they differ
+        self.sources: dict[int, fx.Node] = {}
+        self.launches, self.traffic, self.weights = 0, 0.0, 0.0
+
+    def candidates(self, ends: set[int]) -> Iterator[Candidate]:
+        for index in range(self.start, self.run.end + 1):
+            if index not in self.run.slices:
+                self._hoist(index)
+                continue
+            if not self._enter(index):
+                return
+            if index in ends and index > self.start and self.outputs:
+                over = self._overwrites(index)
+                new = sum(size for at, size in self.outputs.items() if at not in over)
+                yield Candidate(
+                    self.run,
+                    self.start,
+                    index,
+                    self.held + max(self.hoisting, self.hoisted + new),
+                    tuple(self.moments),
+                    self.launches,
+                    self.traffic + sum(self.outputs.values()),
+                    self.weights,
+                    tuple(self.outputs),
+                    over,
+                )
+
+    def _hoist(self, index: int) -> None:
+        storages = self.program.liveness.storages
+        made = [storages[s] for s in self.program.born[index]]
+        self.hoisted += sum(storage.bytes for storage in made)
+        self.hoisting = max(self.hoisting, self.hoisted + self.program.liveness.transient[index])
+        self.hoisted -= sum(storage.bytes for storage in made if storage.death == index)
+
+    def _enter(self, index: int) -> bool:
+        """Take one sliced node; False where it can't be in a loop that begins after what it reads was made."""
+        program, extent = self.program, self.run.extent
+        storages, made = program.liveness.storages, program.born[index]
+        size = sum(storages[s].bytes for s in made)
+        cut, inside = self.run.cuts[index], []
+        for node, piece in zip(program.values[index].reads, cut.inputs, strict=True):
+            at = program.position.get(node, -1)
+            inside.append(at >= self.start and at in self.run.slices)
+            if inside[-1]:
+                continue
+            if not isinstance(node.meta["val"], torch.Tensor):
+                return False
+            self._window(node, piece)
+        if size:
+            self.outputs[index] = size
+            self.body += size / extent
+        fixed, step = program.transient(index, self.run.slices[index], cut, tuple(inside))
+        self._moment(fixed, self.body + step)
+        self.body -= self.expiring.pop(index, 0.0)
+        for storage in {*made, *(s for node in program.values[index].reads for s in program.liveness.of.get(node, ()))}:
+            birth = storages[storage].birth
+            if storages[storage].death == index and birth in self.outputs:
+                self.outputs[birth] -= storages[storage].bytes
+                self.body -= storages[storage].bytes / extent
+                if not self.outputs[birth]:
+                    del self.outputs[birth]
+        activations, weights = program.traffic(index)
+        self.launches += bool(activations)
+        self.traffic += activations
+        self.weights += weights
+        return True
+
+    def _moment(self, fixed: float, step: float) -> None:
+        """Keep what may be the most that a body holds, at some length."""
+        if not any(f >= fixed and s >= step for f, s in self.moments):
+            self.moments = [(f, s) for f, s in self.moments if f > fixed or s > step]
+            self.moments.append((fixed, step))
+
+    def _window(self, node: fx.Node, piece: Slice | None) -> None:
+        """Account for a value from outside that the body reads."""
+        value, liveness = node.meta["val"], self.program.liveness
+        for storage in liveness.of.get(node, ()):
+            layout = None if piece is None else slice_layout(value, piece)
+            if storage in self.reads and self.reads[storage] != layout:
+                layout = None
+            self.reads[storage] = layout
+            self.sources[storage] = node
+        if piece is None or piece.outer == 1 or (node, piece) in self.windows:
+            return
+        self.windows.add((node, piece))
+        copied = value.numel() * value.element_size() / self.run.extent
+        position = self.program.position
+        last = max(position[user] for user in node.users if position.get(user, -1) in self.run.slices)
+        self.body += copied
+        self.expiring[last] = self.expiring.get(last, 0.0) + copied
+        self.traffic += 2 * copied * self.run.extent
+        self.launches += 1
+
+    def _overwrites(self, end: int) -> dict[int, fx.Node]:
+        """Outputs that can be written over one of the group's dying inputs.
+
+        Legal where the input's storage was made by the graph, dies in the group, and every slice of the body reads of
+        it just the bytes that the output's slice is written to.
+        """
+        storages = self.program.liveness.storages
+        free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
+        found: dict[int, fx.Node] = {}
+        for index in self.outputs if free else ():
+            value = self.program.values[index].node.meta["val"]
+            if not isinstance(value, torch.Tensor):
+                continue
+            layout = slice_layout(value, self.run.slices[index])
+            for storage, read in free.items():
+                if read == layout and storages[storage].bytes == value.untyped_storage().nbytes():
+                    found[index] = self.sources[storage]
+                    del free[storage]
+                    break
+        return found
