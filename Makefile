@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv test lint format demo bench clean
+.PHONY: venv test lint format demo bench table clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,9 @@ demo: venv
 
 bench: venv
 	$(BIN)/python -m fxstream.tools.bench
+
+table: venv
+	$(BIN)/python -m fxstream.tools.table
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

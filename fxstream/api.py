@@ -15,7 +15,7 @@ from fxstream.module import StreamedModule
 from fxstream.passes.capture import Captured, capture
 from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
-from fxstream.passes.stream import Streamed, stream
+from fxstream.passes.stream import stream
 from fxstream.report import Plan, make_plan
 
 
@@ -88,15 +88,15 @@ def compile_call(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     made = make_plan(before, streamed, allowed, seconds)
     if failed:
         assert allowed is not None
-        raise _budget_error(streamed, made, budget, allowed, held)
+        raise _budget_error(made, budget, allowed, held)
     return Compiled(captured, streamed.graph_module, made)
 
 
-def _budget_error(streamed: Streamed, made: Plan, budget: Budget, allowed: int, held: int) -> MemoryBudgetError:
+def _budget_error(made: Plan, budget: Budget, allowed: int, held: int) -> MemoryBudgetError:
     account = "activations alone" if budget.share is not None else "weights, inputs and activations"
     extra = 0 if budget.share is not None else held
-    lowest = streamed.after.peak_bytes + extra
-    largest = streamed.after.holders[0] if streamed.after.holders else None
+    lowest = made.after.peak_bytes + extra
+    largest = made.after.holders[0] if made.after.holders else None
     where = made.after.nodes[made.after.peak_index]
     message = (
         f"the budget of {format_bytes(allowed + extra)} for {account} can't be met; the lowest reachable is "
@@ -107,7 +107,9 @@ def _budget_error(streamed: Streamed, made: Plan, budget: Budget, allowed: int, 
         message += f" ({format_bytes(largest.bytes)})"
     if extra and held >= allowed + extra:
         message += f". Weights and inputs alone hold {format_bytes(held)}"
-    message += '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'
+    message += (
+        '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'
+    )
     return MemoryBudgetError(
-        message, budget_bytes=allowed + extra, lowest_bytes=lowest, holders=streamed.after.holders, plan=made
+        message, budget_bytes=allowed + extra, lowest_bytes=lowest, holders=made.after.holders, plan=made
     )

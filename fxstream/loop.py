@@ -102,7 +102,9 @@ class SlicedLoop(nn.Module):
         outs = tuple(output.allocate(tensors) for output in self.outputs)
         start = 0
         for length in self.lengths:
-            windows = [x if s is None else s.window(x, start, length) for x, s in zip(tensors, self.inputs, strict=True)]
+            windows = [
+                x if s is None else s.window(x, start, length) for x, s in zip(tensors, self.inputs, strict=True)
+            ]
             parts = self.bodies[str(length)](*windows)
             for output, out, part in zip(self.outputs, outs, parts, strict=True):
                 output.slice.store(out, start, part)

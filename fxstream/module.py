@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,11 +14,14 @@ import torch
 from torch import nn
 
 from fxstream.errors import GradientError
-from fxstream.passes.capture import Inputs, owner
+from fxstream.passes.capture import TARGET, Inputs, owner
 
 if TYPE_CHECKING:
     from fxstream.api import Compiled
     from fxstream.report import Plan
+
+MOST_ALIKE = 4
+"""Plans for calls that differ in a Python number alone, after which one more draws a warning."""
 
 Compiler = Callable[[Sequence[Any], Mapping[str, Any]], "Compiled"]
 
@@ -39,9 +43,11 @@ class StreamedModule(nn.Module):
     """A module that runs the user's model by a plan, one for each kind of call.
 
     Parameters, buffers and submodules are the model's own (the same dictionaries), and every other attribute is read
-    and set there. A call whose shapes, strides, dtypes, devices or Python arguments were not seen before is planned,
-    and the plan kept beside the others. So is a call after the model itself has changed: a submodule, a hook, an
-    attribute, the dtype or device of a weight. A weight changed in place needs no new plan.
+    and set there; to ``isinstance`` it is of the model's class too.
+
+    A call whose shapes, strides, dtypes, devices or Python arguments were not seen before is planned, and the plan kept
+    beside the others. So is a call after the model itself has changed: a submodule, a hook, an attribute, the dtype or
+    device of a weight. A weight changed in place needs no new plan.
 
     It can't be copied or pickled: copy the model and optimize the copy.
     """
@@ -50,12 +56,22 @@ class StreamedModule(nn.Module):
         super().__init__()
         module, _ = owner(model)
         self.__dict__["_original"] = module
+        self.__dict__[TARGET] = model
+        self.__dict__["__module__"] = type(module).__module__
         for name in _SHARED:
             self.__dict__[name] = getattr(module, name)
         self._compiler = compiler
         self._compiled: dict[Any, Compiled] = {}
         self._configuration = Configuration(module)
         self._configurations: dict[Any, int] = {}
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The model's class to ``isinstance`` and to what saves a pipeline by its components' classes."""
+        return type(self.__dict__["_original"]) if "_original" in self.__dict__ else StreamedModule
+
+    def _get_name(self) -> str:
+        return f"Streamed{type(self.__dict__['_original']).__name__}"
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -79,10 +95,10 @@ class StreamedModule(nn.Module):
             delattr(self.__dict__["_original"], name)
 
     def __dir__(self) -> Iterable[str]:
-        return sorted({*super().__dir__(), *dir(self.__dict__["_original"])})
+        return sorted({*dir(StreamedModule), *self.__dict__, *dir(self.__dict__["_original"])})
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """Whether the model is in training mode."""
         return self.__dict__["_original"].training
 
@@ -122,8 +138,26 @@ class StreamedModule(nn.Module):
         key = (inputs.key(), state, *(_autocast(device) for device in sorted(devices)))
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compiled[key] = self._compiler(args, kwargs)
+            compiled = self._compiler(args, kwargs)
+            self._warn_of_numbers(key)
+            self._compiled[key] = compiled
         return compiled
+
+    def _warn_of_numbers(self, key: Any) -> None:
+        """Where every step of a loop is planned anew for its number, say so once."""
+        (spec, rest, tensors), *others = key
+        alike = [
+            known
+            for (known_spec, known, known_tensors), *known_others in self._compiled
+            if (known_spec, known_tensors, known_others) == (spec, tensors, others)
+        ]
+        changing = {leaf for known in alike for leaf, now in zip(known, rest, strict=True) if leaf != now}
+        if len(alike) == MOST_ALIKE and all(kind in (int, float) for kind, _ in changing):
+            warnings.warn(
+                f"a streamed {type(self.__dict__['_original']).__name__} has now planned {MOST_ALIKE + 1} calls that "
+                "differ in a Python number alone. Pass that number as a tensor, and one plan serves all its values",
+                stacklevel=2,
+            )
 
     def _state(self) -> int:
         """The number of the model's present configuration, among those seen."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from os.path import commonprefix
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import TypeVar
 
 from tabulate import tabulate
 
@@ -14,6 +15,8 @@ from fxstream.passes.capture import module_path
 from fxstream.passes.grouping import Group
 from fxstream.passes.liveness import MemoryProfile
 from fxstream.passes.stream import Streamed
+
+T = TypeVar("T")
 
 SHOWN_HOLDERS = 6
 
@@ -68,7 +71,7 @@ class Plan:
         return self.before.input_bytes
 
     def __str__(self) -> str:
-        parts = [self.summary(), "Held at the peak after:\n" + self.holders_table()]
+        parts = [self.summary(), "Held at the peak after:\n" + self.holders_table(self.after)]
         parts.append("Groups:\n" + self.groups_table() if self.groups else "No groups: nothing needs slicing.")
         if self.barriers:
             parts.append("Operators without a rule:\n" + self.barriers_table())
@@ -86,11 +89,17 @@ class Plan:
         table = [[name, format_bytes(before), format_bytes(after)] for name, before, after in rows]
         return tabulate(table, headers=["", "before", "after"], stralign="right")
 
-    def holders_table(self) -> str:
-        """The largest tensors live at the peak after streaming."""
-        peak = self.after
+    @staticmethod
+    def holders_table(peak: MemoryProfile) -> str:
+        """The largest tensors live at a profile's peak."""
         rows = [
-            [format_bytes(t.bytes), "x".join(map(str, t.shape)), str(t.dtype).removeprefix("torch."), t.node, t.module_path]
+            [
+                format_bytes(t.bytes),
+                "x".join(map(str, t.shape)),
+                str(t.dtype).removeprefix("torch."),
+                t.node,
+                t.module_path,
+            ]
             for t in peak.holders[:SHOWN_HOLDERS]
         ]
         rest = sum(tensor.bytes for tensor in peak.holders[SHOWN_HOLDERS:])
@@ -98,7 +107,9 @@ class Plan:
             rows.append([format_bytes(rest), "", "", f"{len(peak.holders) - SHOWN_HOLDERS} more", ""])
         if peak.transient_bytes:
             where = peak.nodes[peak.peak_index]
-            rows.append([format_bytes(peak.transient_bytes), "", "", f"inside {where}", peak.module_paths[peak.peak_index]])
+            rows.append(
+                [format_bytes(peak.transient_bytes), "", "", f"inside {where}", peak.module_paths[peak.peak_index]]
+            )
         return tabulate(rows, headers=["bytes", "shape", "dtype", "node", "module"])
 
     def groups_table(self) -> str:
@@ -122,13 +133,38 @@ class Plan:
         return tabulate(rows, headers=["operator", "nodes", "largest live bytes"])
 
 
-def make_plan(
-    before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]
-) -> Plan:
+def make_plan(before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
     """The plan that a streamed graph carries out."""
-    return Plan(
-        before, streamed.after, tuple(_groups(streamed, 0, 0)), barriers(streamed.program), budget_bytes, seconds
-    )
+    groups = tuple(_groups(streamed, 0, 0))
+    return Plan(before, _unfolded(streamed), groups, barriers(streamed.program), budget_bytes, seconds)
+
+
+def _unfolded(streamed: Streamed) -> MemoryProfile:
+    """The profile of a streamed graph, with that of a streamed body in place of its loop's node."""
+    profile = streamed.after
+    for number, group in enumerate(streamed.groups):
+        if group not in streamed.inner:
+            continue
+        name, inner = f"loop_{number}", _unfolded(streamed.inner[group])
+        at = profile.nodes.index(name)
+        outside = profile.live_bytes[at] - inner.peak_bytes
+        holders, transient = profile.holders, profile.transient_bytes
+        if profile.peak_index == at:
+            holders = tuple(sorted((*holders, *inner.holders), key=lambda tensor: -tensor.bytes))
+            transient = inner.transient_bytes
+        profile = replace(
+            profile,
+            nodes=_spliced(profile.nodes, at, tuple(f"{name}/{node}" for node in inner.nodes)),
+            module_paths=_spliced(profile.module_paths, at, inner.module_paths),
+            live_bytes=_spliced(profile.live_bytes, at, tuple(outside + live for live in inner.live_bytes)),
+            holders=holders,
+            transient_bytes=transient,
+        )
+    return profile
+
+
+def _spliced(values: tuple[T, ...], at: int, inner: tuple[T, ...]) -> tuple[T, ...]:
+    return (*values[:at], *inner, *values[at + 1 :])
 
 
 def _groups(streamed: Streamed, depth: int, outside: int) -> Iterator[PlannedGroup]:
@@ -156,7 +192,9 @@ def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: 
     return PlannedGroup(
         first=first.name,
         last=last.name,
-        module_path=".".join(commonprefix(paths)),
+        module_path=".".join(
+            level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+        ),
         axis=axis,
         extent=group.run.extent,
         lengths=group.lengths,

@@ -83,6 +83,7 @@ class Cut:
 
 __all__ = ["Call", "Cut", "Rule", "Slice", "backward", "forward", "registered", "rule", "with_arguments"]
 
+
 def with_arguments(
     target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -27,9 +27,10 @@ MOST_CUTS = 12
 class Candidate:
     """An interval [start, end] of a run as a loop, before its slice count is chosen.
 
-    Its peak is ``fixed_bytes`` plus what a body holds: by estimate the most of ``moments``, pairs of bytes that any slice
-    holds and bytes for each step of the axis in it; ``measured`` has the exact bytes of the bodies that were built, by their length. ``launches`` is kernels a slice,
-    ``traffic`` bytes moved over all slices, ``weight_traffic`` bytes read again by each. ``outputs`` are the positions
+    Its peak is ``fixed_bytes`` plus what a body holds: by estimate the most of ``moments``, pairs of bytes that any
+    slice holds and bytes for each step of the axis in it; ``measured`` has the exact bytes of the bodies that were
+    built, by their length. ``launches`` is kernels a slice, ``traffic`` bytes moved over all slices,
+    ``weight_traffic`` bytes read again by each. ``outputs`` are the positions
     whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
     """
 

@@ -14,7 +14,7 @@ import operator
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ _TORCH = str(Path(torch.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
 ROOT = "model"
 """Name under which a captured graph holds the user's module."""
+
+TARGET = "_streamed_target"
+"""Name under which a streamed module holds what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,9 @@ def _opened(leaf: Any) -> Any:
     return _Opened(type(leaf), pytree.tree_map(_opened, _attributes(leaf)))
 
 
-def _closed(values: Sequence[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+def _closed(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> Any:
     kind, names = context
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(made, name, value)
     return made
@@ -205,9 +208,9 @@ def _assigned_buffers_written(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def owner(target: Callable[..., Any]) -> tuple[nn.Module, Callable[..., Any]]:
-    """A module, or a bound method of one -> the module and what to call."""
+    """A module, or a bound method of one -> the module and what to call. What is streamed already is as it was."""
     if isinstance(target, nn.Module):
-        return target, target
+        return owner(vars(target)[TARGET]) if TARGET in vars(target) else (target, target)
     module = getattr(target, "__self__", None)
     if inspect.ismethod(target) and isinstance(module, nn.Module):
         return module, target
@@ -233,8 +236,10 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         with torch.no_grad(), _quiet(), _attributes_kept(module):
             exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
             exported = exported.run_decompositions({})
+    except _ForwardError as error:
+        raise _capture_error(module, error.__cause__ or error) from error.__cause__
     except Exception as error:
-        raise _capture_error(module, error.__cause__ if isinstance(error, _ForwardError) else error) from error
+        raise _capture_error(module, error) from error
     _check_static(exported, module)
     return Captured(_graph_module(exported, module), inputs.without_tensors(), *results[-1])
 
@@ -291,7 +296,8 @@ def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.
 
 def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> fx.GraphModule:
     """The exported graph with its lifted weights as ``get_attr`` nodes into ``module``, mutations written back."""
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     root = nn.Module()
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     source = exported.graph_module.graph

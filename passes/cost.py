@@ -32,9 +32,7 @@ class CostModel:
         return self.rates[index][1] if index < len(self.rates) else self.beyond
 
 
-CPU = CostModel(
-    launch=15e-6, rates=((4 << 20, 0.06e-9), (32 << 20, 0.10e-9)), beyond=0.22e-9, most_slices=64
-)
+CPU = CostModel(launch=15e-6, rates=((4 << 20, 0.06e-9), (32 << 20, 0.10e-9)), beyond=0.22e-9, most_slices=64)
 """Two cores: past 32 MiB glibc maps a tensor afresh, and each page of it faults."""
 
 CUDA = CostModel(launch=8e-6, rates=((32 << 20, 0.5e-12),), beyond=0.7e-12, most_slices=64)

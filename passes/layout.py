@@ -19,7 +19,11 @@ def slice_layout(tensor: torch.Tensor, piece: Slice) -> Any:
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if dim == piece.dim:
             step = stride * piece.inner
-            parts += [(step * piece.extent, piece.outer, False), (step, piece.extent, True), (stride, piece.inner, False)]
+            parts += [
+                (step * piece.extent, piece.outer, False),
+                (step, piece.extent, True),
+                (stride, piece.inner, False),
+            ]
         else:
             parts.append((stride, size, False))
     parts = sorted((part for part in parts if part[1] > 1 or part[2]), reverse=True)

@@ -114,7 +114,10 @@ def analyze(graph_module: fx.GraphModule) -> Liveness:
     schedule = tuple(node for node in graph.nodes if node.op in ("call_function", "call_module", "call_method"))
     position = {node: index for index, node in enumerate(schedule)}
     outside = {
-        key for node in graph.nodes if node.op in ("placeholder", "get_attr") for key, _ in storages_of(node.meta["val"])
+        key
+        for node in graph.nodes
+        if node.op in ("placeholder", "get_attr")
+        for key, _ in storages_of(node.meta["val"])
     }
     index: dict[int, int] = {}
     made: list[tuple[fx.Node, int]] = []
@@ -136,9 +139,7 @@ def analyze(graph_module: fx.GraphModule) -> Liveness:
         last = max((position.get(user, len(schedule)) for user in node.users), default=position[node])
         for storage in of[node]:
             death[storage] = max(death[storage], last)
-    storages = tuple(
-        Storage(node, size, position[node], dead) for (node, size), dead in zip(made, death, strict=True)
-    )
+    storages = tuple(Storage(node, size, position[node], dead) for (node, size), dead in zip(made, death, strict=True))
     transient = tuple(_transient_bytes(graph_module, node) for node in schedule)
     return Liveness(schedule, storages, of, transient)
 

@@ -23,7 +23,9 @@ UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scala
 def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Normalize a captured graph in place and fill in its fake values anew."""
     graph = graph_module.graph
-    outside = {key for node in graph.nodes if node.op != "call_function" for key, _ in storages_of(node.meta.get("val"))}
+    outside = {
+        key for node in graph.nodes if node.op != "call_function" for key, _ in storages_of(node.meta.get("val"))
+    }
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -85,9 +85,7 @@ class Slicer:
                 copy.meta["val"] = evaluate(copy)
             moved.add(copy)
 
-    def _emit(
-        self, loop: Loop, name: str, graph: fx.Graph, env: dict[fx.Node, fx.Node], moved: set[fx.Node]
-    ) -> None:
+    def _emit(self, loop: Loop, name: str, graph: fx.Graph, env: dict[fx.Node, fx.Node], moved: set[fx.Node]) -> None:
         program, group, nodes = self.program, loop.group, self.program.liveness.schedule
         inside = range(group.start, group.end + 1)
         body = [index for index in inside if index in group.run.slices]
@@ -141,9 +139,7 @@ def _loop(program: Program, group: Group) -> Loop:
         layout = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
         specs.append(Output(run.slices[index], *layout, over=target))
     results = tuple(nodes[index] for index in outputs)
-    bodies = {
-        length: _body(program, group, body, inputs, results, length) for length in dict.fromkeys(group.lengths)
-    }
+    bodies = {length: _body(program, group, body, inputs, results, length) for length in dict.fromkeys(group.lengths)}
     module = SlicedLoop(group.lengths, [piece for _, piece in inputs], specs, bodies)
     return Loop(group, module, tuple(inputs), results)
 

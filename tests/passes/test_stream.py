@@ -1,0 +1,71 @@
+"""The passes together: rewritten graphs compute what the model computes, within what was predicted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from fxstream.passes.capture import Inputs, capture
+from fxstream.passes.liveness import profile
+from fxstream.passes.normalize import normalize
+from fxstream.passes.stream import stream
+from fxstream.tools.catalogue import small
+from fxstream.tools.measure import measure_peak
+from tests.passes.programs import BLOCKS, Network, example
+
+
+def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
+    value, reference = value.double(), reference.double()
+    return float((value - reference).norm() / reference.norm())
+
+
+@settings(max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
+    share=st.one_of(st.none(), st.floats(0.2, 0.9)),
+    seed=st.integers(0, 1000),
+)
+def test_a_streamed_network_is_equal_and_as_predicted(names, share, seed):
+    model, x = Network(names, seed), example(seed)
+    graph_module = normalize(capture(model, (x,)).graph_module)
+    peak = profile(graph_module).peak_bytes
+    streamed = stream(graph_module, None if share is None else int(share * peak))
+    assert streamed.after.peak_bytes <= peak
+    with torch.no_grad():
+        measured = measure_peak(streamed.graph_module, x)
+    assert measured.peak_bytes == pytest.approx(streamed.after.peak_bytes, rel=0.01, abs=64)
+    for value, reference in zip(measured.result, model(x), strict=True):
+        assert relative_l2(value, reference) <= 1e-6
+        assert value.stride() == reference.stride()
+
+
+MODELS = {
+    "svd-unet": dict(frames=7, height=24, width=32),
+    "animatediff-unet": dict(frames=8, height=24, width=40),
+    "modelscope-unet": dict(frames=5, height=24, width=32),
+    "i2vgenxl-unet": dict(frames=4, height=24, width=40),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_streamed_unet_is_equal_and_as_predicted(name, dtype):
+    shape = MODELS[name] if dtype is torch.float32 else dict(frames=4, height=16, width=24)
+    model, args, kwargs = small(name, dtype=dtype, **shape)
+    kwargs["return_dict"] = False
+    inputs = Inputs.of(args, kwargs).tensors
+    graph_module = normalize(capture(model, args, kwargs).graph_module)
+    peak = profile(graph_module).peak_bytes
+    with torch.no_grad():
+        reference = model(*args, **kwargs)[0]
+        captured = measure_peak(graph_module, *inputs)
+        assert captured.peak_bytes == pytest.approx(peak, rel=0.01)
+        assert relative_l2(captured.result[0], reference) <= 1e-6
+        for share in (0.75, 0.5, 0.3, None) if dtype is torch.float32 else (0.5, None):
+            streamed = stream(graph_module, None if share is None else int(share * peak))
+            assert share is None or streamed.after.peak_bytes <= share * peak
+            measured = measure_peak(streamed.graph_module, *inputs)
+            assert measured.peak_bytes == pytest.approx(streamed.after.peak_bytes, rel=0.01)
+            assert relative_l2(measured.result[0], reference) <= (1e-6 if dtype is torch.float32 else 2e-2)
