@@ -112,5 +112,9 @@ class SlicedLoop(nn.Module):
             start += length
         return outs
 
+    def graphs(self) -> Mapping[int, fx.GraphModule]:
+        """The bodies, by the length of their slices."""
+        return {int(length): body for length, body in self.bodies.items() if isinstance(body, fx.GraphModule)}
+
     def extra_repr(self) -> str:
         return f"slices={self.lengths}"

@@ -10,6 +10,7 @@ from typing import TypeVar
 from tabulate import tabulate
 
 from fxstream.budget import format_bytes
+from fxstream.loop import SlicedLoop
 from fxstream.passes.barriers import Barrier, barriers
 from fxstream.passes.capture import module_path
 from fxstream.passes.grouping import Group
@@ -80,11 +81,11 @@ class Plan:
     def summary(self) -> str:
         """Before and after, in a table."""
         held = self.weight_bytes + self.input_bytes
-        rows = [
-            ["activation peak", self.before.peak_bytes, self.after.peak_bytes],
-            ["weights", self.weight_bytes, self.weight_bytes],
-            ["inputs", self.input_bytes, self.input_bytes],
-            ["all", self.before.peak_bytes + held, self.after.peak_bytes + held],
+        rows: list[tuple[str, int, int]] = [
+            ("activation peak", self.before.peak_bytes, self.after.peak_bytes),
+            ("weights", self.weight_bytes, self.weight_bytes),
+            ("inputs", self.input_bytes, self.input_bytes),
+            ("all", self.before.peak_bytes + held, self.after.peak_bytes + held),
         ]
         table = [[name, format_bytes(before), format_bytes(after)] for name, before, after in rows]
         return tabulate(table, headers=["", "before", "after"], stralign="right")
@@ -173,7 +174,8 @@ def _groups(streamed: Streamed, depth: int, outside: int) -> Iterator[PlannedGro
     for number, group in enumerate(streamed.groups):
         after = live[f"loop_{number}"]
         loop = streamed.graph_module.get_submodule(f"loop_{number}")
-        body = next(iter(loop.bodies.values()))
+        assert isinstance(loop, SlicedLoop)
+        body = next(iter(loop.graphs().values()))
         yield _planned(streamed, group, depth, outside, after, body.code)
         if group in streamed.inner:
             inner = streamed.inner[group]
@@ -189,12 +191,11 @@ def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: 
     if piece.outer > 1 or piece.inner > 1:
         axis += f" of {piece.outer} x {piece.extent} x {piece.inner}"
     paths = [module_path(program.values[index].node).split(".") for index in inside]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
     return PlannedGroup(
         first=first.name,
         last=last.name,
-        module_path=".".join(
-            level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
-        ),
+        module_path=".".join(names[0] for names in shared),
         axis=axis,
         extent=group.run.extent,
         lengths=group.lengths,

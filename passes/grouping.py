@@ -108,10 +108,9 @@ class Grouping:
             return None
         groups, at = [], len(step)
         while at:
-            start, candidate, slices = step[at - 1]
-            if candidate is not None:
-                groups.append(Group(candidate, lengths_of(candidate.run.extent, slices)))
-            at = start
+            at, chosen, slices = step[at - 1]
+            if chosen is not None:
+                groups.append(Group(chosen, lengths_of(chosen.run.extent, slices)))
         return groups[::-1]
 
     def learn(self, group: Group, length: int, body_bytes: int) -> None:

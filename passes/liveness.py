@@ -61,7 +61,8 @@ class MemoryProfile:
 class Storage:
     """One storage of a graph: born at schedule position ``birth``, last used at ``death``.
 
-    ``node`` is the node that made it; what the graph returns dies after the last position. Storages of weights and inputs have no birth and are not listed.
+    ``node`` is the node that made it; what the graph returns dies after the last position. Storages of weights and
+    inputs have no birth and are not listed.
     """
 
     node: fx.Node
@@ -150,7 +151,7 @@ def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
         return workspace_bytes(node)
     loop = graph_module.get_submodule(str(node.target))
     assert isinstance(loop, SlicedLoop)
-    return max(max(analyze(body).live_bytes(), default=0) for body in loop.bodies.values())
+    return max(max(analyze(body).live_bytes(), default=0) for body in loop.graphs().values())
 
 
 def profile(graph_module: fx.GraphModule) -> MemoryProfile:

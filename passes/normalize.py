@@ -23,15 +23,13 @@ UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scala
 def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Normalize a captured graph in place and fill in its fake values anew."""
     graph = graph_module.graph
-    outside = {
-        key for node in graph.nodes if node.op != "call_function" for key, _ in storages_of(node.meta.get("val"))
-    }
+    returned, written = _returned(graph), _written(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if _is_assertion(node):
             graph.erase_node(node)
-        elif _is_identity(node) and not _would_alias(node, outside):
+        elif _is_identity(node) and not _must_be_another(node, returned, written):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure)
@@ -65,10 +63,21 @@ def _same_layout(node: fx.Node) -> bool:
     )
 
 
-def _would_alias(node: fx.Node, outside: set[int]) -> bool:
-    """Whether dropping a copy could make a result alias an input, a weight, or another result."""
-    returned = any(user.op == "output" for user in node.users)
-    return returned or any(key in outside for key, _ in storages_of(node.args[0].meta["val"]))
+def _returned(graph: fx.Graph) -> set[int]:
+    """Storages of the results."""
+    return {key for node in graph.output_node().all_input_nodes for key, _ in storages_of(node.meta["val"])}
+
+
+def _written(graph: fx.Graph) -> set[int]:
+    """Storages that the graph writes to, at its end: inputs and buffers."""
+    writes = [node for node in graph.nodes if isinstance(node.target, OpOverload) and node.target._schema.is_mutable]
+    return {key for node in writes for key, _ in storages_of(node.args[0].meta["val"])}
+
+
+def _must_be_another(node: fx.Node, returned: set[int], written: set[int]) -> bool:
+    """Whether a copy has to stay: a result lies in it, or what it copies is written later."""
+    source = {key for key, _ in storages_of(node.args[0].meta["val"])}
+    return not source.isdisjoint(written) or any(key in returned - source for key, _ in storages_of(node.meta["val"]))
 
 
 def is_impure(node: fx.Node) -> bool:

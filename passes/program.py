@@ -119,10 +119,8 @@ class Program:
         if not isinstance(call.target, OpOverload) or not isinstance(call.out, torch.Tensor):
             return 0
         with torch.no_grad(), self.mode:
-            parts = iter(
-                x if piece is None else (torch.empty_like if own else _same)(piece.of(x, 0, length))
-                for x, piece, own in zip(call.tensors, cut.inputs, inside, strict=True)
-            )
+            windows = [x if s is None else s.of(x, 0, length) for x, s in zip(call.tensors, cut.inputs, strict=True)]
+            parts = iter(torch.empty_like(x) if own else x for x, own in zip(windows, inside, strict=True))
             leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
             leaves = [next(parts) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -147,15 +145,12 @@ class Program:
         return self._memo[key]
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def _value(node: fx.Node) -> Value:
-    leaves = [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))]
+    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
     reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
-    call = Call(node.target, args, kwargs, node.meta["val"])
+    target: Any = node.target
+    call = Call(target, args, kwargs, node.meta["val"])
     key: Any = node
     if isinstance(node.target, OpOverload):
         known = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves((args, kwargs)))

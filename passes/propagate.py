@@ -21,6 +21,7 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
 def evaluate(node: fx.Node) -> Any:
     """The fake value of a ``call_function`` node, from its arguments' values. Call under the graph's fake mode."""
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
+    assert callable(node.target)
     return node.target(*args, **kwargs)
 
 

@@ -116,8 +116,7 @@ class Loop:
 
     def body_bytes(self) -> dict[int, int]:
         """Length -> peak bytes inside a body of it, over the loop's inputs and outputs."""
-        bodies = self.module.bodies.items()
-        return {int(length): max(analyze(body).live_bytes(), default=0) for length, body in bodies}
+        return {length: max(analyze(body).live_bytes(), default=0) for length, body in self.module.graphs().items()}
 
 
 def _attributes(source: fx.GraphModule) -> dict[str, Any]:

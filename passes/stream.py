@@ -30,6 +30,9 @@ LARGE_SHARE = 0.01
 OUTER_SHARE = 0.5
 """A run through at least this share of the graph may become an outer loop."""
 
+MOST_OUTER = 32
+"""Bodies of outer loops that are worth running, over all levels."""
+
 SLACK = 1.01
 """The lowest reachable peak is met within one per cent, at the least time."""
 
@@ -47,19 +50,20 @@ class Streamed:
     inner: dict[Group, Streamed] = field(default_factory=dict)
 
 
-def stream(graph_module: fx.GraphModule, budget: int | None) -> Streamed:
+def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = MOST_OUTER) -> Streamed:
     """Rewrite a normalized graph until its peak is within ``budget`` bytes (over its weights and inputs).
 
-    ``None`` asks for the lowest reachable. Where the budget can't be met, the result is the lowest reached.
+    ``None`` asks for the lowest reachable. Where the budget can't be met, the result is the lowest reached. Outer loops
+    make at most ``most_outer`` bodies, all together.
     """
     program = Program(graph_module)
     before = profile(graph_module)
     if budget is not None and before.peak_bytes <= budget:
         return Streamed(graph_module, (), program, before)
     costs = _costs(program)
-    outer = _outer(program, before.peak_bytes)
+    outer = _outer(program, before.peak_bytes, most_outer)
     if budget is None and outer is not None:
-        return _nested(program, outer, costs, None)
+        return _nested(program, outer, costs, None, most_outer)
     candidates = _candidates(program, range(len(program)))
     grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
     flat = None
@@ -67,7 +71,7 @@ def stream(graph_module: fx.GraphModule, budget: int | None) -> Streamed:
         flat = _flat(program, grouping, budget)
         if outer is None or (budget is not None and flat.after.peak_bytes <= budget):
             return flat
-    nested = _nested(program, outer, costs, budget)
+    nested = _nested(program, outer, costs, budget, most_outer)
     return nested if flat is None else min((flat, nested), key=lambda found: found.after.peak_bytes)
 
 
@@ -76,10 +80,11 @@ def _costs(program: Program) -> CostModel:
     return cost_model(value.device)
 
 
-def _outer(program: Program, peak_bytes: int) -> Candidate | None:
+def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
     """The run through nearly all of the graph, from its first large value on, whose body holds least."""
     large = next(i for i in range(len(program)) if program.traffic(i)[0] >= LARGE_SHARE * peak_bytes)
-    runs = [run for run in find_runs(program, [large]) if len(run.slices) >= OUTER_SHARE * len(program)]
+    through = [run for run in find_runs(program, [large]) if len(run.slices) >= OUTER_SHARE * len(program)]
+    runs = [run for run in through if run.extent <= most]
     found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
     return min(found, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
 
@@ -112,13 +117,14 @@ def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slic
     return best
 
 
-def _nested(program: Program, outer: Candidate, costs: CostModel, budget: int | None) -> Streamed:
+def _nested(program: Program, outer: Candidate, costs: CostModel, budget: int | None, most_outer: int) -> Streamed:
     """One loop around nearly all of the graph, its body streamed in turn, beside the loops that the rest needs."""
     slicer = Slicer(program)
     group = Group(outer, lengths_of(outer.run.extent, outer.run.extent))
     bodies = slicer.loop(group).module.bodies
     [(length, body)] = bodies.items()
-    inner = stream(body, None if budget is None else max(budget - outer.fixed_bytes, 1))
+    assert isinstance(body, fx.GraphModule)
+    inner = stream(body, None if budget is None else max(budget - outer.fixed_bytes, 1), most_outer // outer.run.extent)
     bodies[length] = inner.graph_module
     outside = [index for index in range(len(program)) if not outer.start <= index <= outer.end]
     grouping = Grouping(program, _candidates(program, outside), costs)

@@ -2,9 +2,11 @@
 
 Each entry was found by holding predictions against the allocator's events, operator by operator: the workspace is the
 peak inside the operator less the bytes of its output. Copies, reorders and column buffers follow the kernels' code and
-are exact. The scratchpads of oneDNN's reduced-precision convolutions and matrix products come from its blocking
-heuristics; those are fits, measured on an AVX-512 machine with AMX for bfloat16 and none for float16 (2 MiB of L2 a
-core, torch 2.13, oneDNN 3.12, one and two threads), and a few MiB off at worst. An operator without an entry has none.
+are exact. The scratchpads of oneDNN's convolutions and matrix products in reduced types come from its blocking
+heuristics: those are fits, measured on an AVX-512 machine with AMX for bfloat16 and none for float16 (2 MiB of L2 a
+core, torch 2.13, oneDNN 3.12, one and two threads). With AMX a fit is off by up to a thread's window of the input or
+block of the weight, and by half of the float32 partial sums where K is 2048 or more. An operator without an entry has
+none.
 """
 
 from __future__ import annotations
