@@ -32,8 +32,8 @@ class CostModel:
         return self.rates[index][1] if index < len(self.rates) else self.beyond
 
 
-CPU = CostModel(launch=15e-6, rates=((4 << 20, 0.06e-9), (32 << 20, 0.10e-9)), beyond=0.22e-9, most_slices=64)
-"""Two cores: past 32 MiB glibc maps a tensor afresh, and each page of it faults."""
+CPU = CostModel(launch=8e-6, rates=((2 << 20, 0.015e-9), (48 << 20, 0.05e-9)), beyond=0.17e-9, most_slices=64)
+"""Measured on two cores with 2 MiB of L2 each; past some 16 MiB a tensor is mapped afresh and each page of it faults."""
 
 CUDA = CostModel(launch=8e-6, rates=((32 << 20, 0.5e-12),), beyond=0.7e-12, most_slices=64)
 """From published bandwidths; not measured."""

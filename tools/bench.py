@@ -83,7 +83,7 @@ def _model(quick: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     widths = {"block_out_channels": (96, 192, 384, 384), "num_attention_heads": (2, 4, 8, 8)}
     entry = replace(catalogue.SVD, name="svd-bench", small={**catalogue.SVD.small, **widths})
     catalogue.CATALOGUE[entry.name] = entry
-    return catalogue.small(entry.name, frames=14, height=40, width=64, batch=1)
+    return catalogue.small(entry.name, frames=14, height=32, width=48, batch=2)
 
 
 def _variants(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Variant]:
