@@ -16,6 +16,7 @@ from torch import fx
 
 from fxstream.loop import Slice
 from fxstream.passes.layout import slice_layout
+from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program
 from fxstream.passes.runs import Run
 
@@ -30,7 +31,8 @@ class Candidate:
     Its peak is ``fixed_bytes`` plus what a body holds: by estimate the most of ``moments``, pairs of bytes that any
     slice holds and bytes for each step of the axis in it; ``measured`` has the exact bytes of the bodies that were
     built, by their length. ``launches`` is kernels a slice, ``traffic`` bytes moved over all slices,
-    ``weight_traffic`` bytes read again by each. ``outputs`` are the positions
+    ``whole_traffic`` bytes of whole tensors, weights mostly, read again by each. ``strided`` maps the contiguous bytes
+    that one step has in a window or an output to the bytes moved in such pieces. ``outputs`` are the positions
     whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
     """
 
@@ -41,7 +43,8 @@ class Candidate:
     moments: tuple[tuple[float, float], ...]
     launches: int
     traffic: float
-    weight_traffic: float
+    whole_traffic: float
+    strided: dict[int, int]
     outputs: tuple[int, ...]
     over: dict[int, fx.Node]
     measured: dict[int, int] = field(default_factory=dict)
@@ -87,7 +90,8 @@ class _Sweep:
         self.windows: set[tuple[fx.Node, Slice | None]] = set()
         self.reads: dict[int, Any] = {}  # storages from outside -> layout that slices read, None where they differ
         self.sources: dict[int, fx.Node] = {}
-        self.launches, self.traffic, self.weights = 0, 0.0, 0.0
+        self.launches, self.traffic, self.whole = 0, 0.0, 0.0
+        self.strided: dict[int, int] = {}  # contiguous bytes a step -> bytes read of windows
 
     def candidates(self, ends: set[int]) -> Iterator[Candidate]:
         for index in range(self.start, self.run.end + 1):
@@ -107,7 +111,8 @@ class _Sweep:
                     tuple(self.moments),
                     self.launches,
                     self.traffic + sum(self.outputs.values()),
-                    self.weights,
+                    self.whole,
+                    self._strided(),
                     tuple(self.outputs),
                     over,
                 )
@@ -124,12 +129,14 @@ class _Sweep:
         program, extent = self.program, self.run.extent
         storages, made = program.liveness.storages, program.born[index]
         size = sum(storages[s].bytes for s in made)
-        cut, inside = self.run.cuts[index], []
+        cut, inside, whole = self.run.cuts[index], [], 0
         for node, piece in zip(program.values[index].reads, cut.inputs, strict=True):
             at = program.position.get(node, -1)
             inside.append(at >= self.start and at in self.run.slices)
             if inside[-1]:
                 continue
+            if piece is None and node.op != "get_attr":
+                whole += bytes_of(node.meta["val"])
             if not isinstance(node.meta["val"], torch.Tensor):
                 return False
             self._window(node, piece)
@@ -148,8 +155,9 @@ class _Sweep:
                     del self.outputs[birth]
         activations, weights = program.traffic(index)
         self.launches += bool(activations)
-        self.traffic += activations
-        self.weights += weights
+        if activations:
+            self.traffic += activations - whole
+            self.whole += weights + whole
         return True
 
     def _moment(self, fixed: float, step: float) -> None:
@@ -167,16 +175,29 @@ class _Sweep:
                 layout = None
             self.reads[storage] = layout
             self.sources[storage] = node
-        if piece is None or piece.outer == 1 or (node, piece) in self.windows:
+        if piece is None or (node, piece) in self.windows:
             return
         self.windows.add((node, piece))
-        copied = value.numel() * value.element_size() / self.run.extent
+        run = _contiguous_bytes(value, piece)
+        self.strided[run] = self.strided.get(run, 0) + bytes_of(value)
+        if piece.outer == 1:
+            return
+        copied = bytes_of(value) / self.run.extent
         position = self.program.position
         last = max(position[user] for user in node.users if position.get(user, -1) in self.run.slices)
         self.body += copied
         self.expiring[last] = self.expiring.get(last, 0.0) + copied
         self.traffic += 2 * copied * self.run.extent
         self.launches += 1
+
+    def _strided(self) -> dict[int, int]:
+        strided = dict(self.strided)
+        for index, size in self.outputs.items():
+            value = self.program.values[index].node.meta["val"]
+            if isinstance(value, torch.Tensor):
+                run = _contiguous_bytes(value, self.run.slices[index])
+                strided[run] = strided.get(run, 0) + size
+        return strided
 
     def _overwrites(self, end: int) -> dict[int, fx.Node]:
         """Outputs that can be written over one of the group's dying inputs.
@@ -198,3 +219,8 @@ class _Sweep:
                     del free[storage]
                     break
         return found
+
+
+def _contiguous_bytes(value: torch.Tensor, piece: Slice) -> int:
+    """Bytes that lie together in a window of one step."""
+    return value.stride(piece.dim) * piece.inner * value.element_size()

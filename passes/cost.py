@@ -1,8 +1,9 @@
 """Cost: estimated time of running nodes whole or in slices.
 
-Slicing changes three things, and only these are modelled: launches (one for each node and slice), weights read again
-by each slice, and the price of memory traffic, which is lower where a slice's working set stays in cache and in
-memory that the allocator has at hand. Arithmetic is the same either way and is left out.
+Slicing changes four things, and only these are modelled: launches (one for each node and slice), whole tensors read
+again by each slice (weights, mostly), short runs of contiguous bytes where a slice is cut across the memory's order, and
+the price of memory traffic, which is lower where a slice's working set stays in cache and in memory that the allocator
+has at hand. Arithmetic is the same either way and is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
+
+SHORT_RUN = 256
+"""Bytes that have to lie together for memory to be read at its full rate."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class CostModel:
     rates: tuple[tuple[int, float], ...]
     beyond: float
     most_slices: int
+
+    def stride_factor(self, run: float) -> float:
+        """How many times more it costs, above the first, to move bytes that lie ``run`` together."""
+        return max(0.0, SHORT_RUN / run - 1) if run else 0.0
 
     def rate(self, working_set: float) -> float:
         """Seconds a byte of traffic, for a working set in bytes."""

@@ -136,8 +136,11 @@ class Grouping:
     def _price(self, candidate: Candidate, slices: int) -> float:
         rate, launch = self.costs.rate, self.costs.launch
         working_set = candidate.body_bytes(ceil(candidate.run.extent / slices))
-        weights = candidate.weight_traffic * slices * rate(candidate.weight_traffic)
-        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + candidate.traffic * rate(working_set) + weights
+        whole = candidate.whole_traffic * slices * rate(candidate.whole_traffic)
+        length = candidate.run.extent // slices
+        strided = sum(size * self.costs.stride_factor(run * length) for run, size in candidate.strided.items())
+        moved = (candidate.traffic + strided) * rate(working_set)
+        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole
 
     def _price_whole(self, traffic: int, weights: int) -> float:
         rate = self.costs.rate

@@ -102,6 +102,11 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def bytes_of(value: Any) -> int:
+    """Bytes of the elements of a node's value."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
+
+
 def storages_of(value: Any) -> Iterator[tuple[int, int]]:
     """(identity, bytes) of each storage under a value."""
     for tensor in tensors_of(value):

@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from fxstream.passes.axes import Cut, Slice
-from fxstream.passes.liveness import tensors_of
+from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program, is_getitem
 
 aten = torch.ops.aten
@@ -191,4 +191,4 @@ class _Scanner:
 
 
 def _bytes(program: Program, index: int) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors_of(program.values[index].node.meta["val"]))
+    return bytes_of(program.values[index].node.meta["val"])

@@ -28,6 +28,9 @@ from fxstream.passes.propagate import evaluate
 
 aten = torch.ops.aten
 
+PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+"""Matrix products, which run as many small ones where their rows do not lie together: they read packed windows."""
+
 LoopInput = tuple[fx.Node, "Slice | None"]
 
 
@@ -178,17 +181,22 @@ def _body(
             window.meta = {**node.meta, "val": value if piece is None else piece.window(value, 0, length)}
             windows[node, piece] = window
 
-        def read(node: fx.Node, piece: Slice | None) -> fx.Node:
+        def read(node: fx.Node, piece: Slice | None, packed: bool) -> fx.Node:
             if _in_body(program, group, node):
                 return env[node]
-            if piece is None or piece.outer == 1:
-                return windows[node, piece]
-            if (node, piece) not in parts:
+            window = windows[node, piece]
+            if (node, piece) in parts:
+                return parts[node, piece]
+            if piece is not None and piece.outer > 1:
                 shape = piece.resized(node.meta["val"].shape, length)
-                part = graph.call_function(aten.reshape.default, (windows[node, piece], shape))
-                part.meta = {**node.meta, "val": evaluate(part)}
-                parts[node, piece] = part
-            return parts[node, piece]
+                part = graph.call_function(aten.reshape.default, (window, shape))
+            elif piece is not None and packed and not window.meta["val"].is_contiguous():
+                part = graph.call_function(aten.clone.default, (window,), {"memory_format": torch.contiguous_format})
+            else:
+                return window
+            part.meta = {**node.meta, "val": evaluate(part)}
+            parts[node, piece] = part
+            return part
 
         for index in body:
             env[program.values[index].node] = _sliced_node(program, group, index, graph, read, length)
@@ -202,13 +210,14 @@ def _sliced_node(
     group: Group,
     index: int,
     graph: fx.Graph,
-    read: Callable[[fx.Node, Slice | None], fx.Node],
+    read: Callable[[fx.Node, Slice | None, bool], fx.Node],
     length: int,
 ) -> fx.Node:
     value, cut = program.values[index], group.run.cuts[index]
     pieces = iter(cut.inputs)
     leaves, spec = pytree.tree_flatten((value.node.args, dict(value.node.kwargs)))
-    leaves = [read(leaf, next(pieces)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+    packed = value.node.target in PRODUCTS
+    leaves = [read(leaf, next(pieces), packed) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     target = value.node.target
     if isinstance(target, OpOverload):
