@@ -18,7 +18,7 @@ from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
 from fxstream.passes.liveness import Liveness, analyze
 from fxstream.passes.propagate import fake_mode_of
-from fxstream.passes.workspace import call_workspace_bytes
+from fxstream.passes.workspace import call_workspace_bytes, has_workspace
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Program:
 
         ``inside`` tells which of its tensors are the body's own, the others being windows of whole ones.
         """
-        if not self.liveness.transient[index] and all(inside):
-            return 0.0, 0.0
         value = self.values[index]
+        if not self.liveness.transient[index] and (all(inside) or not has_workspace(value.call.target)):
+            return 0.0, 0.0
         key = (value.key, tuple(x.stride() for x in value.call.tensors if isinstance(x, torch.Tensor)), out, inside)
         if key not in self._memo:
             long, short = max(1, out.extent // 4), max(1, out.extent // 16)
@@ -119,13 +119,15 @@ class Program:
         if not isinstance(call.target, OpOverload) or not isinstance(call.out, torch.Tensor):
             return 0
         with torch.no_grad(), self.mode:
-            windows = [x if s is None else s.of(x, 0, length) for x, s in zip(call.tensors, cut.inputs, strict=True)]
-            parts = iter(torch.empty_like(x) if own else x for x, own in zip(windows, inside, strict=True))
+            parts = iter(
+                x if piece is None else _part(x, piece, length, dense=own or piece.outer > 1)
+                for x, piece, own in zip(call.tensors, cut.inputs, inside, strict=True)
+            )
             leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
             leaves = [next(parts) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             args, kwargs = with_arguments(call.target, args, kwargs, cut.resize(length))
-            result = torch.empty_like(out.of(call.out, 0, length))
+            result = _part(call.out, out, length, dense=True)
             return call_workspace_bytes(call.target, result, args, kwargs)
 
     def backward(self, index: int, out: Slice) -> Cut | None:
@@ -143,6 +145,17 @@ class Program:
         if key not in self._memo:
             self._memo[key] = forward(value.call, known)
         return self._memo[key]
+
+
+def _part(whole: torch.Tensor, piece: Slice, length: int, dense: bool) -> torch.Tensor:
+    """A tensor of the layout of a slice: a window of the whole, or dense in the whole's order of dimensions."""
+    size, stride = piece.resized(whole.shape, length), list(whole.stride())
+    if dense:
+        step = 1
+        for dim in sorted(range(whole.ndim), key=lambda dim: (whole.stride(dim), -dim)):
+            stride[dim] = step
+            step *= size[dim]
+    return torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device)
 
 
 def _value(node: fx.Node) -> Value:

@@ -55,6 +55,11 @@ def workspace_bytes(node: fx.Node) -> int:
     return call_workspace_bytes(node.target, node.meta["val"], args, kwargs)
 
 
+def has_workspace(target: Any) -> bool:
+    """Whether an operator has an entry, for some device."""
+    return target in _ANYWHERE or target in _ON_CPU
+
+
 def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Bytes that the kernel of a call allocates for itself, from the call's fake values."""
     if not isinstance(out, Tensor):
