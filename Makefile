@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 # mypy sees the packages as they install: build/mypy/fxstream links to the files of fxstream/, and to passes/ and tools/.
 lint: venv

@@ -122,7 +122,7 @@ def registered() -> frozenset[OpOverload]:
 def backward(call: Call, out: Slice) -> Cut | None:
     """The cut that makes the slice ``out`` of the call's output, or None where the axis stops."""
     function = _RULES.get(call.target)
-    if function is None or out.dim >= len(call.shape) or call.shape[out.dim] != out.size:
+    if function is None or out.extent < 1 or out.dim >= len(call.shape) or call.shape[out.dim] != out.size:
         return None
     return function(call, out)
 

@@ -1,9 +1,9 @@
 """Cost: estimated time of running nodes whole or in slices.
 
 Slicing changes four things, and only these are modelled: launches (one for each node and slice), whole tensors read
-again by each slice (weights, mostly), short runs of contiguous bytes where a slice is cut across the memory's order, and
-the price of memory traffic, which is lower where a slice's working set stays in cache and in memory that the allocator
-has at hand. Arithmetic is the same either way and is left out.
+again by each slice (weights, mostly), short runs of contiguous bytes where a slice is cut across the memory's order,
+and the price of memory traffic, which is lower where a slice's working set stays in cache and in memory that the
+allocator has at hand. Arithmetic is the same either way and is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CostModel:
 
 
 CPU = CostModel(launch=8e-6, rates=((2 << 20, 0.015e-9), (48 << 20, 0.05e-9)), beyond=0.17e-9, most_slices=64)
-"""Measured on two cores with 2 MiB of L2 each; past some 16 MiB a tensor is mapped afresh and each page of it faults."""
+"""Measured on two cores with 2 MiB of L2 each; past some 16 MiB a tensor is mapped afresh, and its pages fault."""
 
 CUDA = CostModel(launch=8e-6, rates=((32 << 20, 0.5e-12),), beyond=0.7e-12, most_slices=64)
 """From published bandwidths; not measured."""

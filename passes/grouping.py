@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
+
+import networkx as nx
 
 from fxstream.passes.candidates import Candidate
 from fxstream.passes.cost import CostModel
@@ -26,10 +29,10 @@ LOOP_LAUNCHES = 4
 
 
 class Option(NamedTuple):
-    """A candidate with a slice count: estimated time and peak."""
+    """A candidate with slices of ``lengths``: estimated time and peak."""
 
     seconds: float
-    slices: int
+    lengths: tuple[int, ...]
     peak_bytes: float
 
 
@@ -86,32 +89,22 @@ class Grouping:
 
     def choose(self, budget: float) -> list[Group] | None:
         """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none."""
-        infinite = float("inf")
-        cost = [0.0]
-        step: list[tuple[int, Candidate | None, int]] = []
+        paths = nx.DiGraph()
         for end, live in enumerate(self.program.live_bytes):
-            best = cost[end] + self._single[end] if live <= budget else infinite
-            how: tuple[int, Candidate | None, int] = (end, None, 1)
+            segments = {end: (self._single[end], None)} if live <= budget else {}
             for candidate in self._by_end[end]:
-                before = cost[candidate.start]
-                if before >= best:
-                    continue
-                for option in self._options[candidate]:
-                    if before + option.seconds >= best:
-                        break
-                    if option.peak_bytes <= budget:
-                        best, how = before + option.seconds, (candidate.start, candidate, option.slices)
-                        break
-            cost.append(best)
-            step.append(how)
-        if cost[-1] == infinite:
+                option = next((o for o in self._options[candidate] if o.peak_bytes <= budget), None)
+                known = segments.get(candidate.start)
+                if option is not None and (known is None or option.seconds < known[0]):
+                    segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
+            for start, (seconds, group) in segments.items():
+                paths.add_edge(start, end + 1, seconds=seconds, group=group)
+        try:
+            path = nx.shortest_path(paths, 0, len(self.program), weight="seconds")
+        except (nx.NetworkXNoPath, nx.NodeNotFound):
             return None
-        groups, at = [], len(step)
-        while at:
-            at, chosen, slices = step[at - 1]
-            if chosen is not None:
-                groups.append(Group(chosen, lengths_of(chosen.run.extent, slices)))
-        return groups[::-1]
+        chosen = (paths.edges[edge]["group"] for edge in pairwise(path))
+        return [group for group in chosen if group is not None]
 
     def learn(self, group: Group, length: int, body_bytes: int) -> None:
         """Take in the exact peak of a body of ``length`` steps."""
@@ -125,12 +118,13 @@ class Grouping:
         self._fixed.add(group)
         self._by_end[candidate.end].append(candidate)
         peak = candidate.fixed_bytes + body_bytes
-        self._options[candidate] = [Option(self._price(candidate, slices), slices, peak)]
+        self._options[candidate] = [Option(self._price(candidate, slices), group.lengths, peak)]
 
     def _weigh(self, candidate: Candidate) -> None:
         most = min(candidate.run.extent, self.costs.most_slices)
         counts = (*(count for count in SLICE_COUNTS if count < most), most)
-        options = [Option(self._price(candidate, n), n, candidate.peak_bytes(n)) for n in counts]
+        extent = candidate.run.extent
+        options = [Option(self._price(candidate, n), lengths_of(extent, n), candidate.peak_bytes(n)) for n in counts]
         self._options[candidate] = sorted(options)
 
     def _price(self, candidate: Candidate, slices: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -49,10 +51,25 @@ MODELS = {
 }
 
 
+def in_float64(model, args, kwargs):
+    """The model's result in float64: what its own result and the streamed one are both rounded from."""
+
+    def double(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    exact = copy.deepcopy(model)
+    torch.nn.Module.to(exact, torch.float64)
+    return exact(*map(double, args), **{name: double(value) for name, value in kwargs.items()})[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_streamed_unet_is_equal_and_as_predicted(name, dtype):
-    shape = MODELS[name] if dtype is torch.float32 else dict(frames=4, height=16, width=24)
+    shape = (
+        MODELS[name]
+        if dtype is torch.float32
+        else dict(frames=8 if name == "animatediff-unet" else 4, height=24, width=32)
+    )
     model, args, kwargs = small(name, dtype=dtype, **shape)
     kwargs["return_dict"] = False
     inputs = Inputs.of(args, kwargs).tensors
@@ -60,12 +77,15 @@ def test_a_streamed_unet_is_equal_and_as_predicted(name, dtype):
     peak = profile(graph_module).peak_bytes
     with torch.no_grad():
         reference = model(*args, **kwargs)[0]
+        exact = in_float64(model, args, kwargs)
+        rounding = relative_l2(reference, exact)
         captured = measure_peak(graph_module, *inputs)
         assert captured.peak_bytes == pytest.approx(peak, rel=0.01)
-        assert relative_l2(captured.result[0], reference) <= 1e-6
-        for share in (0.75, 0.5, 0.3, None) if dtype is torch.float32 else (0.5, None):
+        assert torch.equal(captured.result[0], reference)
+        for share in (0.75, 0.5, 0.3, None):
             streamed = stream(graph_module, None if share is None else int(share * peak))
             assert share is None or streamed.after.peak_bytes <= share * peak
             measured = measure_peak(streamed.graph_module, *inputs)
             assert measured.peak_bytes == pytest.approx(streamed.after.peak_bytes, rel=0.01)
-            assert relative_l2(measured.result[0], reference) <= (1e-6 if dtype is torch.float32 else 2e-2)
+            result = measured.result[0]
+            assert relative_l2(result, reference) <= 1e-6 or relative_l2(result, exact) <= 1.1 * rounding
