@@ -126,7 +126,8 @@ class Plan:
             ]
             for group in self.groups
         ]
-        return tabulate(rows, headers=["nodes", "module", "axis", "slices", "before", "after"])
+        headers = ["nodes", "module", "axis", "slices", "before", "after"]
+        return tabulate(rows, headers=headers, preserve_whitespace=True)
 
     def barriers_table(self) -> str:
         """Operators without a rule, the most bytes first."""

@@ -112,6 +112,7 @@ class _Scanner:
         self.program, self.start = program, start
         self.slices, self.cuts = {start: seed}, {start: first}
         self.pulled: set[int] = set()
+        self.whole: set[int] = set()  # independent nodes that a sliced one reads whole
 
     def scan(self) -> Run | None:
         end = self.start
@@ -121,12 +122,7 @@ class _Scanner:
                     break
                 continue
             least = HOIST_SHARE * _bytes(self.program, index)
-            for at, piece in self._edges(index):
-                if at not in self.slices and piece is not None:
-                    self._pull(at, piece, least)
-            for at, piece in self._edges(index):
-                if at in self.slices and self.slices[at] != piece:
-                    self._put_back(at)
+            self._take_inputs(index, least)
             end = index
         for index in range(self.start, end + 1):
             if index not in self.slices:
@@ -146,7 +142,10 @@ class _Scanner:
         return [(at, piece) for at, piece in edges if at >= 0]
 
     def _take(self, index: int) -> bool:
-        """Slice a node that reads a sliced value; False where none is read, or the rule gives no slice."""
+        """Slice a node that reads a sliced value; False where none is read, or the rule gives no slice.
+
+        Where it is pulled values that the rule can't do with, they are put back.
+        """
         reads = self._reads(index)
         known = {k: self.slices[at] for k, at in enumerate(reads) if at in self.slices}
         if not known:
@@ -160,25 +159,32 @@ class _Scanner:
             if all(reads[k] in self.pulled for k in known):
                 self.pulled.add(index)
             return True
-        if all(reads[k] in self.pulled for k in known):
-            for k in known:
-                self._put_back(reads[k])
-        return False
+        pulled = [reads[k] for k in known if reads[k] in self.pulled]
+        for at in pulled:
+            self._put_back(at)
+        return self._take(index) if pulled else False
 
     def _pull(self, index: int, piece: Slice, least: float) -> None:
         """Take an independent node as the slice that is read of it, and what it reads in turn."""
         value = self.program.values[index]
-        if not value.reads or _bytes(self.program, index) < least:
+        if index in self.whole or not value.reads or _bytes(self.program, index) < least:
             return
         cut = Cut((piece,)) if is_getitem(value.node) else self.program.backward(index, piece)
         if cut is None:
             return
         self.slices[index], self.cuts[index] = piece, cut
         self.pulled.add(index)
-        for at, inner in self._edges(index):
-            if at not in self.slices and inner is not None:
-                self._pull(at, inner, least)
-            if at in self.slices and self.slices[at] != inner:
+        self._take_inputs(index, least)
+
+    def _take_inputs(self, index: int, least: float) -> None:
+        """Pull in what a sliced node reads sliced, where that is possible, and leave whole what it reads whole."""
+        for at, piece in self._edges(index):
+            if piece is None:
+                self.whole.add(at)
+            elif at not in self.slices:
+                self._pull(at, piece, least)
+        for at, piece in self._edges(index):
+            if at in self.slices and self.slices[at] != piece:
                 self._put_back(at)
 
     def _put_back(self, index: int) -> None:

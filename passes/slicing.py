@@ -177,6 +177,7 @@ def _body(
     with torch.no_grad(), program.mode:
         for node, piece in inputs:
             window = graph.placeholder(node.name)
+            window.target = window.name  # a value may be read in two ways
             value = node.meta["val"]
             window.meta = {**node.meta, "val": value if piece is None else piece.window(value, 0, length)}
             windows[node, piece] = window

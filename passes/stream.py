@@ -62,17 +62,19 @@ def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = M
         return Streamed(graph_module, (), program, before)
     costs = _costs(program)
     outer = _outer(program, before.peak_bytes, most_outer)
-    if budget is None and outer is not None:
-        return _nested(program, outer, costs, None, most_outer)
     candidates = _candidates(program, range(len(program)))
     grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
-    flat = None
-    if outer is None or (budget is not None and grouping.lowest_bytes() <= budget):
-        flat = _flat(program, grouping, budget)
-        if outer is None or (budget is not None and flat.after.peak_bytes <= budget):
-            return flat
-    nested = _nested(program, outer, costs, budget, most_outer)
-    return nested if flat is None else min((flat, nested), key=lambda found: found.after.peak_bytes)
+    if outer is None:
+        return _flat(program, grouping, budget)
+    found = []
+    if budget is not None and grouping.lowest_bytes() <= budget:
+        found.append(_flat(program, grouping, budget))
+        if found[0].after.peak_bytes <= budget:
+            return found[0]
+    found.append(_nested(program, outer, costs, budget, most_outer))
+    if budget is None and grouping.lowest_bytes() < found[0].after.peak_bytes:
+        found.append(_flat(program, grouping, None))
+    return min(found, key=lambda streamed: streamed.after.peak_bytes)
 
 
 def _costs(program: Program) -> CostModel:
