@@ -17,7 +17,7 @@ from tests.passes.programs import Network, example
 # Networks and budgets: loops side by side, loops in one outer loop, in two, and none.
 CASES = {
     "flat": (("temporal", "feedforward", "shuffle"), 0.7),
-    "nested": (("spatial", "temporal", "pixels", "feedforward", "skip"), "min"),
+    "nested": (("spatial", "temporal", "feedforward"), "min"),
     "nested, by a share": (("frames", "feedforward"), 0.1),
     "thrice": (("feedforward", "shuffle", "spatial"), "min"),
     "none": (("spatial", "skip"), "1MiB"),
