@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-SHORT_RUN = 256
+SHORT_RUN = 1024
 """Bytes that have to lie together for memory to be read at its full rate."""
 
 
@@ -40,7 +40,7 @@ class CostModel:
         return self.rates[index][1] if index < len(self.rates) else self.beyond
 
 
-CPU = CostModel(launch=8e-6, rates=((2 << 20, 0.015e-9), (48 << 20, 0.05e-9)), beyond=0.17e-9, most_slices=64)
+CPU = CostModel(launch=20e-6, rates=((4 << 20, 0.04e-9), (48 << 20, 0.05e-9)), beyond=0.17e-9, most_slices=64)
 """Measured on two cores with 2 MiB of L2 each; past some 16 MiB a tensor is mapped afresh, and its pages fault."""
 
 CUDA = CostModel(launch=8e-6, rates=((32 << 20, 0.5e-12),), beyond=0.7e-12, most_slices=64)

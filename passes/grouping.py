@@ -91,7 +91,9 @@ class Grouping:
         """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none."""
         paths = nx.DiGraph()
         for end, live in enumerate(self.program.live_bytes):
-            segments = {end: (self._single[end], None)} if live <= budget else {}
+            segments: dict[int, tuple[float, Group | None]] = {}
+            if live <= budget:
+                segments[end] = (self._single[end], None)
             for candidate in self._by_end[end]:
                 option = next((o for o in self._options[candidate] if o.peak_bytes <= budget), None)
                 known = segments.get(candidate.start)
