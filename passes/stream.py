@@ -33,6 +33,9 @@ OUTER_SHARE = 0.5
 MOST_OUTER = 32
 """Bodies of outer loops that are worth running, over all levels."""
 
+GOOD_SHARE = 0.25
+"""Where an outer loop brings the peak to this share, loops side by side are not tried for a lower one."""
+
 SLACK = 1.01
 """The lowest reachable peak is met within one per cent, at the least time."""
 
@@ -62,18 +65,24 @@ def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = M
         return Streamed(graph_module, (), program, before)
     costs = _costs(program)
     outer = _outer(program, before.peak_bytes, most_outer)
+    found = []
+    if budget is None and outer is not None:
+        found.append(_nested(program, outer, costs, None, most_outer))
+        if found[0].after.peak_bytes <= GOOD_SHARE * before.peak_bytes:
+            return found[0]
     candidates = _candidates(program, range(len(program)))
     grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
     if outer is None:
         return _flat(program, grouping, budget)
-    found = []
-    if budget is not None and grouping.lowest_bytes() <= budget:
-        found.append(_flat(program, grouping, budget))
-        if found[0].after.peak_bytes <= budget:
-            return found[0]
-    found.append(_nested(program, outer, costs, budget, most_outer))
-    if budget is None and grouping.lowest_bytes() < found[0].after.peak_bytes:
-        found.append(_flat(program, grouping, None))
+    if budget is None:
+        if grouping.lowest_bytes() < found[0].after.peak_bytes:
+            found.append(_flat(program, grouping, None))
+    else:
+        if grouping.lowest_bytes() <= budget:
+            found.append(_flat(program, grouping, budget))
+            if found[0].after.peak_bytes <= budget:
+                return found[0]
+        found.append(_nested(program, outer, costs, budget, most_outer))
     return min(found, key=lambda streamed: streamed.after.peak_bytes)
 
 
