@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxstream.passes.axes import Call, Cut, Slice, backward, forward
+from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)  # parts of a tensor have strides that a view may refuse
@@ -45,13 +45,8 @@ def run_part(call: Call, cut: Cut, start: int, length: int) -> Any:
     def part(leaf: Any) -> Any:
         return next(parts) if isinstance(leaf, torch.Tensor) else leaf
 
-    args, kwargs = pytree.tree_map(part, (list(call.args), dict(call.kwargs)))
-    names = [argument.name for argument in call.target._schema.arguments]
-    for name, value in cut.resize(length).items():
-        if names.index(name) < len(args):
-            args[names.index(name)] = value
-        else:
-            kwargs[name] = value
+    args, kwargs = pytree.tree_map(part, (call.args, dict(call.kwargs)))
+    args, kwargs = with_arguments(call.target, args, kwargs, cut.resize(length))
     return run(call.target, args, kwargs)
 
 

@@ -76,6 +76,21 @@ class FeedForward(nn.Module):
         return x + self.narrow(value * F.gelu(gate)).permute(0, 3, 1, 2)
 
 
+class TokenFeedForward(nn.Module):
+    """A gated feed-forward over (..., channels) by itself, which begins at a value of its own."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.wide, self.narrow = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 0.5
+        value, gate = self.wide(self.norm(x)).chunk(2, -1)
+        return self.narrow(value * F.gelu(gate)) + x
+
+
 class Skip(nn.Module):
     """Concatenates the network's first value, as an up path does."""
 

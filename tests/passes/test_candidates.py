@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fxstream.passes.candidates import find_candidates, whole
 from fxstream.passes.capture import capture
@@ -17,21 +16,9 @@ from fxstream.passes.normalize import normalize
 from fxstream.passes.program import Program
 from fxstream.passes.runs import find_runs
 from fxstream.passes.slicing import Slicer
+from tests.passes.programs import TokenFeedForward
 
 KIB = 1024
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels=32):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.wide, self.narrow = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
-        self.requires_grad_(False)
-
-    def forward(self, x):
-        x = x * 0.5
-        value, gate = self.wide(self.norm(x)).chunk(2, -1)
-        return self.narrow(value * F.gelu(gate)) + x
 
 
 class Call(nn.Module):
@@ -49,7 +36,7 @@ def captured(module, *inputs):
 
 @pytest.fixture(scope="module")
 def feedforward():
-    return captured(FeedForward(), torch.randn(26, 64, 32))
+    return captured(TokenFeedForward(), torch.randn(26, 64, 32))
 
 
 def built(program, candidate, slices):

@@ -7,7 +7,6 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 from fxstream.loop import Slice, SlicedLoop
 from fxstream.passes.candidates import find_candidates, whole
@@ -19,7 +18,7 @@ from fxstream.passes.program import Program
 from fxstream.passes.runs import find_runs
 from fxstream.passes.slicing import Slicer
 from fxstream.tools.measure import measure_peak
-from tests.passes.programs import BLOCKS, Network, example
+from tests.passes.programs import BLOCKS, Network, TokenFeedForward, example
 
 
 class Call(nn.Module):
@@ -30,19 +29,6 @@ class Call(nn.Module):
 
     def forward(self, *inputs):
         return self.function(self, *inputs)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels=32):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.wide, self.narrow = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
-        self.requires_grad_(False)
-
-    def forward(self, x):
-        x = x * 0.5
-        value, gate = self.wide(self.norm(x)).chunk(2, -1)
-        return self.narrow(value * F.gelu(gate)) + x
 
 
 class Sliced:
@@ -160,7 +146,7 @@ def test_one_dying_input_is_given_to_one_output():
 
 @pytest.mark.parametrize("slices", [1, 4, 13, 25, 26])
 def test_slices_of_unequal_length(slices):
-    sliced = Sliced(FeedForward(), (torch.randn(26, 8, 32),), "layer_norm", FRAMES, slices)
+    sliced = Sliced(TokenFeedForward(), (torch.randn(26, 8, 32),), "layer_norm", FRAMES, slices)
     assert len(sliced.loop.lengths) == slices
     assert set(sliced.loop.graphs()) == {-(-26 // slices), 26 // slices}
     assert sliced.over == [True]
@@ -168,7 +154,7 @@ def test_slices_of_unequal_length(slices):
 
 
 def test_the_body_reads_as_python():
-    sliced = Sliced(FeedForward(), (torch.randn(26, 8, 32),), "layer_norm", FRAMES, 25)
+    sliced = Sliced(TokenFeedForward(), (torch.randn(26, 8, 32),), "layer_norm", FRAMES, 25)
     for length, body in sliced.loop.graphs().items():
         compile(body.code, "<body>", "exec")
         assert "torch.ops.aten.gelu.default" in body.code

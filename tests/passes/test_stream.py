@@ -13,14 +13,10 @@ from fxstream.passes.capture import Inputs, capture
 from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
 from fxstream.passes.stream import stream
+from fxstream.tools.bench import relative_l2
 from fxstream.tools.catalogue import small
 from fxstream.tools.measure import measure_peak
 from tests.passes.programs import BLOCKS, Network, example
-
-
-def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
-    value, reference = value.double(), reference.double()
-    return float((value - reference).norm() / reference.norm())
 
 
 @settings(max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate])
