@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv test lint format demo bench table clean
+.PHONY: venv test fuzz lint format demo bench table clean
 
 venv: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The property tests, on examples that no run has seen.
+fuzz: venv
+	$(BIN)/python -m pytest --numprocesses 2 --hypothesis-profile fuzz -m hypothesis
 
 # mypy sees the packages as they install: build/mypy/fxstream links to the files of fxstream/, and to passes/ and tools/.
 lint: venv

@@ -200,7 +200,7 @@ STEPS = {
     "half": lambda x: x.to(torch.bfloat16),
     "whole": lambda x: (x * 8).to(torch.int32),
     "turn": lambda x: x.transpose(0, -1),
-    "flat": lambda x: x.reshape(-1, 3),
+    "flat": lambda x: x.reshape(-1, x.shape[-1]),
     "part": lambda x: x[1:],
     "wide": lambda x: x.unsqueeze(0).expand(2, *x.shape),
     "one of": lambda x: x.sum(0, keepdim=True),
