@@ -25,6 +25,7 @@ from fxstream.passes.liveness import analyze
 from fxstream.passes.normalize import is_impure
 from fxstream.passes.program import Program
 from fxstream.passes.propagate import evaluate
+from fxstream.passes.split_norms import fuse_norms
 
 aten = torch.ops.aten
 
@@ -77,6 +78,7 @@ class Slicer:
         root = getattr(source, ROOT, None)
         if root is not None:
             share_weights(sliced, root)
+        fuse_norms(sliced)
         return sliced
 
     def _copy(self, node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node], moved: set[fx.Node]) -> None:
@@ -203,7 +205,9 @@ def _body(
             env[program.values[index].node] = _sliced_node(program, group, index, graph, read, length)
     graph.output(tuple(env[node] for node in outputs))
     graph.eliminate_dead_code(is_impure)
-    return fx.GraphModule({}, graph, class_name="Body")
+    module = fx.GraphModule({}, graph, class_name="Body")
+    fuse_norms(module)
+    return module
 
 
 def _sliced_node(

@@ -20,6 +20,7 @@ from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
 from fxstream.passes.program import Program
 from fxstream.passes.runs import find_runs
 from fxstream.passes.slicing import Slicer
+from fxstream.passes.split_norms import split_norms
 
 HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live."""
@@ -59,10 +60,10 @@ def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = M
     ``None`` asks for the lowest reachable. Where the budget can't be met, the result is the lowest reached. Outer loops
     make at most ``most_outer`` bodies, all together.
     """
-    program = Program(graph_module)
     before = profile(graph_module)
     if budget is not None and before.peak_bytes <= budget:
-        return Streamed(graph_module, (), program, before)
+        return Streamed(graph_module, (), Program(graph_module), before)
+    program = Program(split_norms(graph_module, LARGE_SHARE * before.peak_bytes))
     costs = _costs(program)
     outer = _outer(program, before.peak_bytes, most_outer)
     found = []

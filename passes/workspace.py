@@ -22,6 +22,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
+from fxstream.norm import tile_elements
+
 aten = torch.ops.aten
 
 Workspace = Callable[..., int]
@@ -178,6 +180,21 @@ def group_norm(out: Tensor, input: Tensor, groups: int, weight: Tensor | None = 
         return stats + _copy(input)
     sums = 2 * input.shape[0] * input.shape[1] * FLOAT if _channels_last(input) else 0
     return stats + sums + _image_copy(input)
+
+
+@workspace(torch.ops.fxstream.group_moments.default, anywhere=True)
+def group_moments(out: Tensor, input: Tensor, groups: int) -> int:
+    """A tile's deviations, and before them the tile in the type that it is accumulated in."""
+    return tile_elements(input.shape) * out.element_size() * (1 if input.dtype == out.dtype else 2)
+
+
+@workspace(torch.ops.fxstream.group_scale.default, anywhere=True)
+def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
+    """A mean and a scale a channel, and a tile in the statistics' type."""
+    channels = 2 * input.shape[0] * input.shape[1]
+    if weight is not None:
+        channels += input.shape[0] * input.shape[1]
+    return (channels + tile_elements(input.shape)) * statistics.element_size()
 
 
 @workspace(aten.layer_norm.default, anywhere=True)

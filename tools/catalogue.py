@@ -36,7 +36,7 @@ class Entry:
     """One model: `class_path` as `pkgutil.resolve_name` reads it, `source` the repository on Hugging Face and its file.
 
     `small` overrides `config` for a model that runs in a test. `inputs(config, shape, dtype)` makes the arguments and
-    keyword arguments of `forward`, in the layout in which the model's pipeline passes them.
+    keyword arguments of `method`, in the layout in which the model's pipeline passes them.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Entry:
     small: Mapping[str, Any]
     shape: Shape
     inputs: Callable[[Mapping[str, Any], Shape, torch.dtype], Inputs]
+    method: str = "forward"
 
 
 def svd_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
@@ -80,6 +81,24 @@ def i2vgenxl_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype)
         "encoder_hidden_states": text,
     }
     return (latents, timestep, torch.tensor([16] * shape.batch)), conditions | kwargs
+
+
+def latent_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents of images or of the frames of videos, one after another: (batch * frames, 4, h, w)."""
+    latents = torch.randn(shape.batch * shape.frames, config["latent_channels"], *shape.latent, dtype=dtype)
+    return (latents,), {"return_dict": False}
+
+
+def video_latent_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """As `latent_inputs`, with the number of frames of a video."""
+    args, kwargs = latent_inputs(config, shape, dtype)
+    return args, kwargs | {"num_frames": shape.frames}
+
+
+def image_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Images of 3 channels: (batch * frames, 3, height, width)."""
+    images = torch.randn(shape.batch * shape.frames, 3, shape.height, shape.width, dtype=dtype)
+    return (images,), {"return_dict": False}
 
 
 # The four channel widths of Stable Diffusion 1 and 2, which all of these share.
@@ -158,7 +177,46 @@ I2VGENXL = Entry(
     inputs=i2vgenxl_inputs,
 )
 
-CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in (SVD, SVD_XT, ANIMATEDIFF, MODELSCOPE, I2VGENXL)}
+VAE_WIDTHS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+SMALL_VAE_WIDTHS = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
+
+SVD_VAE = Entry(
+    name="svd-vae",
+    class_path="diffusers:AutoencoderKLTemporalDecoder",
+    source="stabilityai/stable-video-diffusion-img2vid, vae/config.json",
+    config=VAE_WIDTHS
+    | {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "sample_size": 768,
+        "scaling_factor": 0.18215,
+        "force_upcast": True,
+    },
+    small=SMALL_VAE_WIDTHS,
+    shape=Shape(frames=14, height=576, width=1024, batch=1),
+    inputs=video_latent_inputs,
+    method="decode",
+)
+
+SD_VAE = Entry(
+    name="sd-vae",
+    class_path="diffusers:AutoencoderKL",
+    source="stabilityai/sd-vae-ft-mse, config.json",
+    config=VAE_WIDTHS
+    | {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "sample_size": 256,
+    },
+    small=SMALL_VAE_WIDTHS,
+    shape=Shape(frames=16, height=576, width=1024, batch=1),
+    inputs=latent_inputs,
+    method="decode",
+)
+
+SD_VAE_ENCODE = replace(SD_VAE, name="sd-vae-encode", inputs=image_inputs, method="encode")
+
+ENTRIES = (SVD, SVD_XT, ANIMATEDIFF, MODELSCOPE, I2VGENXL, SVD_VAE, SD_VAE, SD_VAE_ENCODE)
+CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
 
 
 def build(
@@ -171,8 +229,8 @@ def build(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     fake: bool = True,
-) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Returns the model at its published configuration, in eval mode, with its args and kwargs.
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Returns the model (or its method) at its published configuration, in eval mode, with its args and kwargs.
 
     `height` and `width` are in pixels; what is not given is as the entry says. With `fake`, weights and inputs are
     fake tensors of one FakeTensorMode and nothing is allocated; without, weights and inputs are random.
@@ -184,7 +242,7 @@ def build(
     with mode, torch.device(device), torch.no_grad():
         model = _construct(entry, entry.config, dtype)
         args, kwargs = entry.inputs(entry.config, shape, dtype)
-    return model, args, kwargs
+    return _called(model, entry), args, kwargs
 
 
 def small(
@@ -196,8 +254,8 @@ def small(
     width: int = 32,
     batch: int = 2,
     seed: int = 0,
-) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Returns a model of the same class with few channels and random weights, in eval mode, with its args and kwargs.
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Returns a model (or its method) of the same class with few channels and random weights, in eval mode, with its args and kwargs.
 
     `height` and `width` are those of the latent. The same seed gives the same weights and inputs.
     """
@@ -210,7 +268,12 @@ def small(
         _randomise_constants(model)
         args, kwargs = entry.inputs(config, shape, dtype)
     # Not `model.to`, which diffusers answers with a warning.
-    return torch.nn.Module.to(model, dtype), args, kwargs
+    return _called(torch.nn.Module.to(model, dtype), entry), args, kwargs
+
+
+def _called(model: torch.nn.Module, entry: Entry) -> Callable[..., Any]:
+    """What is called: the model, or another of its methods than `forward`."""
+    return model if entry.method == "forward" else getattr(model, entry.method)
 
 
 def _entry(name: str) -> Entry:

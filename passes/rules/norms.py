@@ -1,17 +1,18 @@
 """Norms and softmax: every dimension that the statistics do not span.
 
 GroupNorm's span all pixels (and frames, where it sees them) of a group of channels, so it is cut along samples and
-along whole groups. Where a longer axis must be cut, another pass splits it into statistics and a pointwise scale.
+along whole groups. Split into moments and a scale (``split_norms``), it is cut along frames and rows too.
 """
 
 from __future__ import annotations
 
 import torch
 
+import fxstream.norm  # noqa: F401  (registers its operators)
 from fxstream.passes.axes import Call, Cut, Slice, rule
 from fxstream.passes.rules.common import cut, independent, lead
 
-aten = torch.ops.aten
+aten, norm = torch.ops.aten, torch.ops.fxstream
 
 independent(
     aten.softmax.int,
@@ -40,6 +41,39 @@ def group_norm(call: Call, out: Slice) -> Cut | None:
     groups = out.outer * out.inner // group
     pieces = {"input": out, "weight": out.at(0), "bias": out.at(0)}
     return cut(call, pieces, lambda length: {"num_groups": groups * length})
+
+
+@rule(norm.group_moments.default)
+def group_moments(call: Call, out: Slice) -> Cut | None:
+    """(N, C, *S, L) -> (2, N, groups, *S)."""
+    groups = call.arguments["groups"]
+    if out.dim == 0:
+        return None
+    if out.dim != 2:
+        return lead(call, out.at(out.dim - (out.dim == 1)))
+    channels = call.tensors[0].shape[1] // groups
+    piece = Slice(1, out.extent, out.outer, out.inner * channels)
+    return lead(call, piece, lambda length: {"groups": groups // out.extent * length})
+
+
+@rule(norm.group_statistics.default)
+def group_statistics(call: Call, out: Slice) -> Cut | None:
+    return None if out.dim == 0 else lead(call, out)
+
+
+@rule(norm.group_scale.default)
+def group_scale(call: Call, out: Slice) -> Cut | None:
+    """(N, C, *S, L), with statistics (2, N, groups)."""
+    if out.dim == 0:
+        return cut(call, {"input": out, "statistics": out.at(1)})
+    if out.dim > 1:
+        return lead(call, out)
+    groups = call.arguments["statistics"].shape[2]
+    channels = out.size // groups
+    if out.inner % channels:
+        return None
+    statistics = Slice(2, out.extent, out.outer, out.inner // channels)
+    return cut(call, {"input": out, "statistics": statistics, "weight": out.at(0), "bias": out.at(0)})
 
 
 @rule(aten.batch_norm.default)

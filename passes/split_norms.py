@@ -1,0 +1,101 @@
+"""Split norms: a group norm over a large tensor as moments, statistics and a pointwise scale.
+
+Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
+parts can: moments are taken of each row, and the scale is pointwise. Where a plan leaves all the parts together after
+all, they are fused again, unless that would raise the graph's peak.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxstream.norm import group_moments, group_scale, group_statistics  # noqa: F401  (registers the operators)
+from fxstream.passes.liveness import analyze, bytes_of
+from fxstream.passes.normalize import is_impure
+from fxstream.passes.propagate import evaluate, fake_mode_of
+from fxstream.passes.workspace import workspace_bytes
+
+aten, norm = torch.ops.aten, torch.ops.fxstream
+
+
+def split_norms(graph_module: fx.GraphModule, least: float) -> fx.GraphModule:
+    """A graph module whose group norms of at least ``least`` bytes are split; the same one where it has none.
+
+    Only images and videos are: of an input (N, C, L) the moments would be no smaller than a good part of it.
+    """
+    source = graph_module.graph
+    large = [node for node in source.nodes if _is_large_norm(node, least)]
+    if not large:
+        return graph_module
+    graph, env = fx.Graph(), {}
+    with torch.no_grad(), fake_mode_of(source):
+        for node in source.nodes:
+            env[node] = _split(node, graph, env) if node in large else graph.node_copy(node, env.__getitem__)
+    return fx.GraphModule(graph_module, graph, class_name="Split")
+
+
+def _is_large_norm(node: fx.Node, least: float) -> bool:
+    return (
+        node.target is aten.group_norm.default
+        and node.meta["val"].dim() > 3
+        and node.meta["val"].is_floating_point()
+        and bytes_of(node.meta["val"]) >= least
+    )
+
+
+def _split(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
+    value, groups = node.meta["val"], given["num_groups"]
+    weight, bias = (None if given.get(name) is None else env[given[name]] for name in ("weight", "bias"))
+    input = env[given["input"]]
+    count = value.shape[1] // groups * value.shape[-1]
+    moments = _call(node, graph, "moments", norm.group_moments.default, input, groups)
+    statistics = _call(
+        node, graph, "statistics", norm.group_statistics.default, moments, count, given.get("eps", 1e-5)
+    )
+    scale = _call(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
+    scale.meta["val"] = value  # of the same layout, and what the views of it lie in
+    return scale
+
+
+def _call(origin: fx.Node, graph: fx.Graph, part: str, *call: object) -> fx.Node:
+    target, *args = call
+    node = graph.create_node("call_function", target, tuple(args), name=f"{origin.name}_{part}")  # type: ignore[arg-type]
+    node.meta = dict(origin.meta)
+    node.meta["val"] = evaluate(node)
+    return node
+
+
+def fuse_norms(graph_module: fx.GraphModule) -> None:
+    """Put split norms together again, in place, where all parts are in the graph and its peak stays as it is."""
+    graph, liveness = graph_module.graph, analyze(graph_module)
+    found = {node: moments for node in graph.nodes if (moments := _moments_of(node)) is not None}
+    if not found:
+        return
+    position = {node: index for index, node in enumerate(liveness.schedule)}
+    live = liveness.live_bytes()
+    peak = max(live)
+    for node, moments in found.items():
+        input, statistics, weight, bias = node.args
+        with graph.inserting_before(node):
+            call = input, moments.args[1], weight, bias, statistics.args[2]
+            fused = graph.call_function(aten.group_norm.default, call)
+        fused.meta = dict(node.meta)
+        index = position[node]
+        if live[index] - liveness.transient[index] + workspace_bytes(fused) > peak:
+            graph.erase_node(fused)
+        else:
+            node.replace_all_uses_with(fused)
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure)
+    graph_module.recompile()
+
+
+def _moments_of(node: fx.Node) -> fx.Node | None:
+    """The moments of the input that a scale is made from, where they are taken in its graph."""
+    if node.target is not norm.group_scale.default:
+        return None
+    statistics = node.args[1]
+    moments = statistics.args[0] if statistics.target is norm.group_statistics.default else None
+    return moments if moments is not None and moments.args and moments.args[0] is node.args[0] else None
