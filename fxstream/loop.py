@@ -62,7 +62,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a loop: how its slices lie in it, its layout, and the dying input it is written over, if any."""
+    """One output of a loop: how its slices lie in it, its layout, and the dying input it is written over, if any.
+
+    An input whose strides are not ``over_stride`` after all is left alone.
+    """
 
     slice: Slice
     shape: tuple[int, ...]
@@ -70,51 +73,70 @@ class Output:
     dtype: torch.dtype
     device: torch.device
     over: int | None = None
+    over_stride: tuple[int, ...] | None = None
 
     def allocate(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        if self.over is None:
+        target = None if self.over is None else inputs[self.over]
+        if target is None or self.over_stride not in (None, target.stride()):
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        target = inputs[self.over]
         return target.as_strided(self.shape, self.stride, target.storage_offset())
 
 
-class SlicedLoop(nn.Module):
-    """Runs ``bodies[length]`` for each of ``lengths``, which sum to the axis' extent.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One slice of a loop: ``length`` steps of the axis, computed by the body of that name.
 
-    ``inputs`` aligns with the arguments: the ``Slice`` that a body gets of each, or ``None`` for the whole tensor.
-    A body returns one tensor for each of ``outputs``.
+    ``reads`` aligns with the inputs: (start, length) of the window that the body gets, None for the whole tensor.
+    ``writes`` aligns with the outputs: where in each of them the slice begins.
+    """
+
+    length: int
+    body: str
+    reads: tuple[tuple[int, int] | None, ...]
+    writes: tuple[int, ...]
+
+
+class SlicedLoop(nn.Module):
+    """Runs, for each of ``steps`` in turn, its body on windows of the inputs, and stores what that returns.
+
+    ``inputs`` aligns with the arguments: how the axis lies in each, or ``None`` where bodies get the whole tensor.
+    A body returns one tensor for each of ``outputs``. Slices that differ in no shape have a body in common.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        steps: Sequence[Step],
         inputs: Sequence[Slice | None],
         outputs: Sequence[Output],
-        bodies: Mapping[int, fx.GraphModule],
+        bodies: Mapping[str, nn.Module],
     ) -> None:
         super().__init__()
-        self.lengths = tuple(lengths)
+        self.steps = tuple(steps)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self.bodies = nn.ModuleDict({str(length): body for length, body in bodies.items()})
+        self.bodies = nn.ModuleDict(bodies)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps of the axis in each slice."""
+        return tuple(step.length for step in self.steps)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outs = tuple(output.allocate(tensors) for output in self.outputs)
-        start = 0
-        for length in self.lengths:
+        for step in self.steps:
             windows = [
-                x if s is None else s.window(x, start, length) for x, s in zip(tensors, self.inputs, strict=True)
+                x if s is None or read is None else s.window(x, *read)
+                for x, s, read in zip(tensors, self.inputs, step.reads, strict=True)
             ]
-            parts = self.bodies[str(length)](*windows)
-            for output, out, part in zip(self.outputs, outs, parts, strict=True):
+            parts = self.bodies[step.body](*windows)
+            for output, out, start, part in zip(self.outputs, outs, step.writes, parts, strict=True):
                 output.slice.store(out, start, part)
             del parts, part
-            start += length
         return outs
 
-    def graphs(self) -> Mapping[int, fx.GraphModule]:
-        """The bodies, by the length of their slices."""
-        return {int(length): body for length, body in self.bodies.items() if isinstance(body, fx.GraphModule)}
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """The bodies that are graphs, by name."""
+        return {name: body for name, body in self.bodies.items() if isinstance(body, fx.GraphModule)}
 
     def extra_repr(self) -> str:
         return f"slices={self.lengths}"

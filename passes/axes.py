@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -68,20 +69,55 @@ def _no_resize(length: int) -> Mapping[str, Any]:
     return {}
 
 
+Span = tuple[int, int]
+"""The part [start, stop) of an axis, in steps of it."""
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Halo:
+    """How an operator reads more of its input than the slice that it computes, or less.
+
+    ``window`` gives, for the part of the output wanted, the part of the input to read. ``place`` gives, for both, the
+    arguments (by schema name) to run the operator with on that window, and the step of the output that its result
+    then begins at: at or before the part wanted, which may end before the result does.
+
+    Where no border is near, a part of n steps reads n * ``scale`` + ``overlap`` steps.
+    """
+
+    window: Callable[[Span], Span]
+    place: Callable[[Span, Span], tuple[Arguments, int]]
+    scale: Fraction
+    overlap: Fraction
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a slice of the output is computed.
 
     ``inputs`` aligns with ``Call.tensors``: the ``Slice`` to read of each, or ``None`` to read it whole.
     ``resize`` gives, for a slice of ``length`` steps, the arguments (by schema name) that depend on its size,
-    such as the shape of a view.
+    such as the shape of a view. Where the inputs' slices are not of the same steps as the output's, their extents may
+    differ and ``halo`` tells what is read and how.
     """
 
     inputs: tuple[Slice | None, ...]
-    resize: Callable[[int], Mapping[str, Any]] = field(default=_no_resize)
+    resize: Callable[[int], Arguments] = field(default=_no_resize)
+    halo: Halo | None = None
+
+    def window(self, part: Span) -> Span:
+        """The part of the inputs' axis that a part of the output's is computed from."""
+        return part if self.halo is None else self.halo.window(part)
+
+    def place(self, part: Span, window: Span) -> tuple[Arguments, int]:
+        """The arguments to compute a part of the output with, and the first step of what they compute."""
+        return (self.resize(part[1] - part[0]), part[0]) if self.halo is None else self.halo.place(part, window)
 
 
-__all__ = ["Call", "Cut", "Rule", "Slice", "backward", "forward", "registered", "rule", "with_arguments"]
+__all__ = [
+    *("Call", "Cut", "Halo", "Rule", "Slice", "Span", "backward", "forward", "registered", "rule", "with_arguments"),
+]
 
 
 def with_arguments(
@@ -143,6 +179,9 @@ def forward(call: Call, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
 def _candidates(piece: Slice, shape: Sequence[int], out: Sequence[int]) -> Iterator[Slice]:
     """Slices of an output of shape ``out`` that may belong to ``piece`` of an input of ``shape``."""
     seen = set()
+    if piece.size == piece.extent and piece.dim < len(out):  # all steps of a dimension that may change its size
+        seen.add(Slice(piece.dim, out[piece.dim]))
+        yield Slice(piece.dim, out[piece.dim])
     outer = prod(shape[: piece.dim]) * piece.outer
     inner = prod(shape[piece.dim + 1 :]) * piece.inner
     order = sorted(range(len(out)), key=lambda dim: dim != piece.dim)

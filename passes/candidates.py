@@ -18,6 +18,7 @@ from fxstream.loop import Slice
 from fxstream.passes.layout import slice_layout
 from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program
+from fxstream.passes.ranges import infer_ranges, stored_part
 from fxstream.passes.runs import Run
 
 MOST_CUTS = 12
@@ -30,10 +31,11 @@ class Candidate:
 
     Its peak is ``fixed_bytes`` plus what a body holds: by estimate the most of ``moments``, pairs of bytes that any
     slice holds and bytes for each step of the axis in it; ``measured`` has the exact bytes of the bodies that were
-    built, by their length. ``launches`` is kernels a slice, ``traffic`` bytes moved over all slices,
-    ``whole_traffic`` bytes of whole tensors, weights mostly, read again by each. ``strided`` maps the contiguous bytes
-    that one step has in a window or an output to the bytes moved in such pieces. ``outputs`` are the positions
-    whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
+    built, by their length. ``halo`` is the steps that the first nodes compute beyond a slice, ``overlap`` the
+    (operations, bytes moved) that all nodes do for nothing in each. ``launches`` is kernels a slice, ``traffic`` bytes
+    moved over all slices, ``whole_traffic`` bytes of whole tensors, weights mostly, read again by each. ``strided``
+    maps the contiguous bytes that one step has in a window or an output to the bytes moved in such pieces. ``outputs``
+    are the positions whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
     """
 
     run: Run
@@ -47,14 +49,17 @@ class Candidate:
     strided: dict[int, int]
     outputs: tuple[int, ...]
     over: dict[int, fx.Node]
+    halo: float = 0.0
+    overlap: tuple[float, float] = (0.0, 0.0)
     measured: dict[int, int] = field(default_factory=dict)
 
     def body_bytes(self, length: int) -> float:
         """Peak bytes inside a body of ``length`` steps: exact where it was built, else by the nearest that was."""
         if length in self.measured or not self.measured:
-            return self.measured.get(length) or max(fixed + step * length for fixed, step in self.moments)
+            steps = min(length + self.halo, self.run.extent)
+            return self.measured.get(length) or max(fixed + step * steps for fixed, step in self.moments)
         known = min(self.measured, key=lambda other: abs(other - length))
-        return self.measured[known] * max(1.0, length / known)
+        return self.measured[known] * max(1.0, (length + self.halo) / (known + self.halo))
 
     def peak_bytes(self, slices: int) -> float:
         return self.fixed_bytes + self.body_bytes(ceil(self.run.extent / slices))
@@ -77,13 +82,20 @@ def whole(program: Program, run: Run) -> Candidate | None:
 
 
 class _Sweep:
-    """Memory of a body that grows node by node. Bytes in ``body`` are for one step of the axis."""
+    """Memory of a body that grows node by node. Bytes in ``body`` are for one step of the axis.
+
+    ``reach`` is how far, in steps, a node reads beyond its own slice, back to the first nodes. A node of a group whose
+    last one reaches further is computed by the difference beyond the slice: ``short`` is what the bytes in ``body``
+    would be more, if all were computed as far as the first.
+    """
 
     def __init__(self, program: Program, run: Run, start: int) -> None:
         self.program, self.run, self.start = program, run, start
         self.held = program.cut_bytes[start]  # inputs of the group, and what lives across it
         self.hoisted = self.hoisting = 0  # whole values of the group, and the peak while they are computed
-        self.body = 0.0
+        self.body = self.short = 0.0
+        self.reach: dict[int, float] = {}
+        self.work = [0.0, 0.0, 0.0, 0.0]  # operations and bytes moved, and each times its node's reach
         self.moments: list[tuple[float, float]] = []
         self.outputs: dict[int, int] = {}  # position -> bytes of what the body makes that is still live
         self.expiring: dict[int, float] = {}  # copied windows, by the position of their last use
@@ -115,7 +127,13 @@ class _Sweep:
                     self._strided(),
                     tuple(self.outputs),
                     over,
+                    *self._overlap(),
                 )
+
+    def _overlap(self) -> tuple[float, tuple[float, float]]:
+        halo, extent = max(self.reach.values()), self.run.extent
+        flops, moved, flops_reach, moved_reach = self.work
+        return halo, ((halo * flops - flops_reach) / extent, (halo * moved - moved_reach) / extent)
 
     def _hoist(self, index: int) -> None:
         storages = self.program.liveness.storages
@@ -130,27 +148,33 @@ class _Sweep:
         storages, made = program.liveness.storages, program.born[index]
         size = sum(storages[s].bytes for s in made)
         cut, inside, whole = self.run.cuts[index], [], 0
+        reach = own = self._own_reach(index)
         for node, piece in zip(program.values[index].reads, cut.inputs, strict=True):
             at = program.position.get(node, -1)
             inside.append(at >= self.start and at in self.run.slices)
             if inside[-1]:
+                reach = max(reach, own + self.reach[at])
                 continue
             if piece is None and node.op != "get_attr":
                 whole += bytes_of(node.meta["val"])
             if not isinstance(node.meta["val"], torch.Tensor):
                 return False
             self._window(node, piece)
+        self.reach[index] = reach
         if size:
             self.outputs[index] = size
             self.body += size / extent
+            self.short += size / extent * reach
         fixed, step = program.transient(index, self.run.slices[index], cut, tuple(inside))
-        self._moment(fixed, self.body + step)
+        step *= self.run.slices[index].extent / extent
+        self._moment(fixed - self.short - step * reach, self.body + step)
         self.body -= self.expiring.pop(index, 0.0)
         for storage in {*made, *(s for node in program.values[index].reads for s in program.liveness.of.get(node, ()))}:
             birth = storages[storage].birth
             if storages[storage].death == index and birth in self.outputs:
                 self.outputs[birth] -= storages[storage].bytes
                 self.body -= storages[storage].bytes / extent
+                self.short -= storages[storage].bytes / extent * self.reach[birth]
                 if not self.outputs[birth]:
                     del self.outputs[birth]
         activations, weights = program.traffic(index)
@@ -158,7 +182,18 @@ class _Sweep:
         if activations:
             self.traffic += activations - whole
             self.whole += weights + whole
+        if self.run.haloed:
+            work = program.flops(index), activations - whole if activations else 0
+            self.work = [a + b for a, b in zip(self.work, (*work, *(reach * each for each in work)), strict=True)]
         return True
+
+    def _own_reach(self, index: int) -> float:
+        """Steps that one node reads beyond its own slice."""
+        cut = self.run.cuts[index]
+        if cut.halo is None:
+            return 0.0
+        extent = next(piece.extent for piece in cut.inputs if piece is not None)
+        return float(cut.halo.overlap) * self.run.extent / extent
 
     def _moment(self, fixed: float, step: float) -> None:
         """Keep what may be the most that a body holds, at some length."""
@@ -208,6 +243,8 @@ class _Sweep:
         storages = self.program.liveness.storages
         free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
         found: dict[int, fx.Node] = {}
+        if free and any(self.reach.values()):
+            free = self._read_where_written(free, end)
         for index in self.outputs if free else ():
             value = self.program.values[index].node.meta["val"]
             if not isinstance(value, torch.Tensor):
@@ -219,6 +256,20 @@ class _Sweep:
                     del free[storage]
                     break
         return found
+
+    def _read_where_written(self, free: dict[int, Any], end: int) -> dict[int, Any]:
+        """Those storages that slices read no further than what they store."""
+        body = [index for index in range(self.start, end + 1) if index in self.run.slices]
+        middle = self.run.extent // 2
+        part = (middle, middle + 1)
+        ranges = infer_ranges(self.program, self.run, body, list(self.outputs), part)
+        far = {
+            storage
+            for (node, piece), span in ranges.read.items()
+            for storage in self.program.liveness.of.get(node, ())
+            if piece is None or span != stored_part(piece, self.run.extent, part)
+        }
+        return {storage: layout for storage, layout in free.items() if storage not in far}
 
 
 def _contiguous_bytes(value: torch.Tensor, piece: Slice) -> int:

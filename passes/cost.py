@@ -1,9 +1,9 @@
 """Cost: estimated time of running nodes whole or in slices.
 
-Slicing changes four things, and only these are modelled: launches (one for each node and slice), whole tensors read
+Slicing changes five things, and only these are modelled: launches (one for each node and slice), whole tensors read
 again by each slice (weights, mostly), short runs of contiguous bytes where a slice is cut across the memory's order,
-and the price of memory traffic, which is lower where a slice's working set stays in cache and in memory that the
-allocator has at hand. Arithmetic is the same either way and is left out.
+what neighbouring slices both compute, and the price of memory traffic, which is lower where a slice's working set stays
+in cache and in memory that the allocator has at hand. All other arithmetic is the same either way and is left out.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ class CostModel:
     """Prices of one kind of device.
 
     ``launch``: seconds a kernel launch. ``rates``: (working set in bytes, seconds a byte of traffic), the rate of the
-    first entry at least as large; ``beyond`` past the last. ``most_slices``: more are never worth what they save.
+    first entry at least as large; ``beyond`` past the last. ``flop``: seconds a floating point operation.
+    ``most_slices``: more are not worth what they save, unless each still moves ``least_traffic`` bytes.
     """
 
     launch: float
     rates: tuple[tuple[int, float], ...]
     beyond: float
+    flop: float
     most_slices: int
+    least_traffic: int
 
     def stride_factor(self, run: float) -> float:
         """How many times more it costs, above the first, to move bytes that lie ``run`` together."""
@@ -40,10 +43,24 @@ class CostModel:
         return self.rates[index][1] if index < len(self.rates) else self.beyond
 
 
-CPU = CostModel(launch=20e-6, rates=((4 << 20, 0.04e-9), (48 << 20, 0.05e-9)), beyond=0.17e-9, most_slices=64)
+CPU = CostModel(
+    launch=20e-6,
+    rates=((4 << 20, 0.04e-9), (48 << 20, 0.05e-9)),
+    beyond=0.17e-9,
+    flop=8e-12,
+    most_slices=64,
+    least_traffic=8 << 20,
+)
 """Measured on two cores with 2 MiB of L2 each; past some 16 MiB a tensor is mapped afresh, and its pages fault."""
 
-CUDA = CostModel(launch=8e-6, rates=((32 << 20, 0.5e-12),), beyond=0.7e-12, most_slices=64)
+CUDA = CostModel(
+    launch=8e-6,
+    rates=((32 << 20, 0.5e-12),),
+    beyond=0.7e-12,
+    flop=2e-14,
+    most_slices=64,
+    least_traffic=64 << 20,
+)
 """From published bandwidths; not measured."""
 
 

@@ -21,7 +21,7 @@ from fxstream.passes.cost import CostModel
 from fxstream.passes.program import Program
 from fxstream.passes.runs import Run
 
-SLICE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+SLICE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Slice counts worth a look, besides the most that the cost model allows."""
 
 LOOP_LAUNCHES = 4
@@ -123,7 +123,8 @@ class Grouping:
         self._options[candidate] = [Option(self._price(candidate, slices), group.lengths, peak)]
 
     def _weigh(self, candidate: Candidate) -> None:
-        most = min(candidate.run.extent, self.costs.most_slices)
+        worth = max(self.costs.most_slices, int(candidate.traffic) // self.costs.least_traffic)
+        most = min(candidate.run.steps, worth)
         counts = (*(count for count in SLICE_COUNTS if count < most), most)
         extent = candidate.run.extent
         options = [Option(self._price(candidate, n), lengths_of(extent, n), candidate.peak_bytes(n)) for n in counts]
@@ -136,7 +137,9 @@ class Grouping:
         length = candidate.run.extent // slices
         strided = sum(size * self.costs.stride_factor(run * length) for run, size in candidate.strided.items())
         moved = (candidate.traffic + strided) * rate(working_set)
-        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole
+        flops, again = candidate.overlap
+        twice = slices * (flops * self.costs.flop + again * rate(working_set))
+        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole + twice
 
     def _price_whole(self, traffic: int, weights: int) -> float:
         rate = self.costs.rate

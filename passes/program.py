@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
@@ -118,17 +119,30 @@ class Program:
     def _workspace(self, call: Call, out: Slice, cut: Cut, inside: tuple[bool, ...], length: int) -> int:
         if not isinstance(call.target, OpOverload) or not isinstance(call.out, torch.Tensor):
             return 0
+        part = ((out.extent - length) // 2, (out.extent + length) // 2)
+        window = cut.window(part)
         with torch.no_grad(), self.mode:
             parts = iter(
-                x if piece is None else _part(x, piece, length, dense=own or piece.outer > 1)
+                x if piece is None else _part(x, piece, window[1] - window[0], dense=own or piece.outer > 1)
                 for x, piece, own in zip(call.tensors, cut.inputs, inside, strict=True)
             )
             leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
             leaves = [next(parts) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-            args, kwargs = with_arguments(call.target, args, kwargs, cut.resize(length))
-            result = _part(call.out, out, length, dense=True)
+            args, kwargs = with_arguments(call.target, args, kwargs, cut.place(part, window)[0])
+            result = _part(call.out, out, part[1] - part[0], dense=True)
             return call_workspace_bytes(call.target, result, args, kwargs)
+
+    def flops(self, index: int) -> int:
+        """Floating point operations of a node's convolutions and matrix products."""
+        value = self.values[index]
+        key = ("flops", value.key)
+        if key not in self._memo:
+            with torch.no_grad(), self.mode, FlopCounterMode(display=False) as counter:
+                if isinstance(value.call.target, OpOverload) and not self.is_view(index):
+                    value.call.target(*value.call.args, **value.call.kwargs)
+            self._memo[key] = counter.get_total_flops()
+        return self._memo[key]
 
     def backward(self, index: int, out: Slice) -> Cut | None:
         """The rule's cut for a slice of the node's output."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -28,7 +29,8 @@ HOIST_SHARE = 1 / 64
 class Run:
     """Nodes ``start`` to ``end`` of the schedule, those in ``slices`` under one axis, the others independent of it.
 
-    Any interval of a run is a run. ``cuts`` tell for each sliced node what its slice reads.
+    Any interval of a run is a run. ``cuts`` tell for each sliced node what its slice reads. ``extent`` is that of the
+    first node; where operators change the size of the dimension, those of others differ.
     """
 
     extent: int
@@ -36,6 +38,16 @@ class Run:
     end: int
     slices: dict[int, Slice]
     cuts: dict[int, Cut]
+
+    @cached_property
+    def steps(self) -> int:
+        """The smallest extent of a node: no loop has more slices."""
+        return min(piece.extent for piece in self.slices.values())
+
+    @cached_property
+    def haloed(self) -> bool:
+        """Whether some node reads beyond its own slice."""
+        return any(cut.halo is not None and cut.halo.overlap > 0 for cut in self.cuts.values())
 
 
 def find_runs(program: Program, hot: Iterable[int]) -> list[Run]:

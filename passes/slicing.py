@@ -17,22 +17,21 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxstream.loop import Output, Slice, SlicedLoop
-from fxstream.passes.axes import with_arguments
+from fxstream.loop import Output, Slice, SlicedLoop, Step
+from fxstream.passes.axes import Span, with_arguments
 from fxstream.passes.capture import ROOT, share_weights
 from fxstream.passes.grouping import Group
 from fxstream.passes.liveness import analyze
 from fxstream.passes.normalize import is_impure
 from fxstream.passes.program import Program
 from fxstream.passes.propagate import evaluate
+from fxstream.passes.ranges import LoopInput, Ranges, infer_ranges, stored_part
 from fxstream.passes.split_norms import fuse_norms
 
 aten = torch.ops.aten
 
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 """Matrix products, which run as many small ones where their rows do not lie together: they read packed windows."""
-
-LoopInput = tuple[fx.Node, "Slice | None"]
 
 
 class Slicer:
@@ -121,7 +120,11 @@ class Loop:
 
     def body_bytes(self) -> dict[int, int]:
         """Length -> peak bytes inside a body of it, over the loop's inputs and outputs."""
-        return {length: max(analyze(body).live_bytes(), default=0) for length, body in self.module.graphs().items()}
+        peaks = {name: max(analyze(body).live_bytes(), default=0) for name, body in self.module.graphs().items()}
+        most: dict[int, int] = {}
+        for step in self.module.steps:
+            most[step.length] = max(most.get(step.length, 0), peaks[step.body])
+        return most
 
 
 def _attributes(source: fx.GraphModule) -> dict[str, Any]:
@@ -141,11 +144,29 @@ def _loop(program: Program, group: Group) -> Loop:
         value = nodes[index].meta["val"]
         target = where[over[index]] if index in over else None
         layout = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
-        specs.append(Output(run.slices[index], *layout, over=target))
-    results = tuple(nodes[index] for index in outputs)
-    bodies = {length: _body(program, group, body, inputs, results, length) for length in dict.fromkeys(group.lengths)}
-    module = SlicedLoop(group.lengths, [piece for _, piece in inputs], specs, bodies)
-    return Loop(group, module, tuple(inputs), results)
+        stride = None if target is None else tuple(over[index].meta["val"].stride())
+        specs.append(Output(run.slices[index], *layout, over=target, over_stride=stride))
+    builder = _Body(program, group, body, inputs, outputs)
+    bodies: dict[str, fx.GraphModule] = {}
+    known: dict[Any, str] = {}
+    steps, start = [], 0
+    for length in group.lengths:
+        part = (start, start + length)
+        ranges = infer_ranges(program, run, body, outputs, part)
+        key = builder.key(ranges, part)
+        if key not in known:
+            known[key] = f"{length}" if f"{length}" not in bodies else f"{length}_{len(bodies)}"
+            bodies[known[key]] = builder.build(ranges, part)
+        reads = tuple(None if each[1] is None else _start_and_length(ranges.read[each]) for each in inputs)
+        writes = tuple(stored_part(run.slices[index], run.extent, part)[0] for index in outputs)
+        steps.append(Step(length, known[key], reads, writes))
+        start += length
+    module = SlicedLoop(steps, [piece for _, piece in inputs], specs, bodies)
+    return Loop(group, module, tuple(inputs), tuple(nodes[index] for index in outputs))
+
+
+def _start_and_length(span: Span) -> tuple[int, int]:
+    return span[0], span[1] - span[0]
 
 
 def _inputs(program: Program, group: Group, body: Sequence[int]) -> list[LoopInput]:
@@ -163,76 +184,131 @@ def _in_body(program: Program, group: Group, node: fx.Node) -> bool:
     return group.start <= index <= group.end and index in group.run.slices
 
 
-def _body(
-    program: Program,
-    group: Group,
-    body: Sequence[int],
-    inputs: Sequence[LoopInput],
-    outputs: Sequence[fx.Node],
-    length: int,
-) -> fx.GraphModule:
-    """The graph that computes one slice of ``length`` steps: windows of the inputs -> slices of the outputs."""
-    graph = fx.Graph()
-    windows: dict[LoopInput, fx.Node] = {}
-    parts: dict[LoopInput, fx.Node] = {}
-    env: dict[fx.Node, fx.Node] = {}
-    with torch.no_grad(), program.mode:
-        for node, piece in inputs:
-            window = graph.placeholder(node.name)
-            window.target = window.name  # a value may be read in two ways
-            value = node.meta["val"]
-            window.meta = {**node.meta, "val": value if piece is None else piece.window(value, 0, length)}
-            windows[node, piece] = window
+@dataclass
+class _Body:
+    """Builds the graphs that compute slices of one group: windows of the inputs -> slices of the outputs."""
 
-        def read(node: fx.Node, piece: Slice | None, packed: bool) -> fx.Node:
-            if _in_body(program, group, node):
-                return env[node]
-            window = windows[node, piece]
-            if (node, piece) in parts:
-                return parts[node, piece]
-            if piece is not None and piece.outer > 1:
-                shape = piece.resized(node.meta["val"].shape, length)
-                part = graph.call_function(aten.reshape.default, (window, shape))
-            elif piece is not None and packed and not window.meta["val"].is_contiguous():
-                part = graph.call_function(aten.clone.default, (window,), {"memory_format": torch.contiguous_format})
-            else:
-                return window
-            part.meta = {**node.meta, "val": evaluate(part)}
-            parts[node, piece] = part
-            return part
+    program: Program
+    group: Group
+    body: Sequence[int]
+    inputs: Sequence[LoopInput]
+    outputs: Sequence[int]
 
-        for index in body:
-            env[program.values[index].node] = _sliced_node(program, group, index, graph, read, length)
-    graph.output(tuple(env[node] for node in outputs))
-    graph.eliminate_dead_code(is_impure)
-    module = fx.GraphModule({}, graph, class_name="Body")
-    fuse_norms(module)
-    return module
+    def key(self, ranges: Ranges, part: Span) -> Any:
+        """Equal for slices that one graph can compute."""
+        found: list[Any] = [tuple(high - low for low, high in ranges.read.values())]
+        for index, (low, high) in sorted(ranges.wanted.items()):
+            value, cut = self.program.values[index], self.group.run.cuts[index]
+            window = cut.window((low, high))
+            arguments, first = cut.place((low, high), window)
+            begins = [
+                window[0] - self._wanted(ranges, node, piece)[0]
+                for node, piece in zip(value.reads, cut.inputs, strict=True)
+                if piece is not None
+            ]
+            found.append((high - low, low - first, repr(arguments), tuple(begins), window[1] - window[0]))
+        for index in self.outputs:
+            stored = stored_part(self.group.run.slices[index], self.group.run.extent, part)
+            found.append((stored[0] - ranges.wanted[index][0], stored[1] - stored[0]))
+        return tuple(found)
+
+    def _wanted(self, ranges: Ranges, node: fx.Node, piece: Slice) -> Span:
+        """The steps that a body has of a value that it reads."""
+        if _in_body(self.program, self.group, node):
+            return ranges.wanted[self.program.position[node]]
+        return ranges.read[node, piece]
+
+    def build(self, ranges: Ranges, part: Span) -> fx.GraphModule:
+        """The graph for one slice, and all that have the same key."""
+        graph, program, run = fx.Graph(), self.program, self.group.run
+        env: dict[fx.Node, fx.Node] = {}
+        windows: dict[LoopInput, fx.Node] = {}
+        parts: dict[Any, fx.Node] = {}
+
+        def read(node: fx.Node, piece: Slice | None, span: Span, packed: bool) -> fx.Node:
+            """A value as an operator of the body reads it."""
+            if piece is None:
+                return windows[node, None]
+            if (node, piece, span) in parts:
+                return parts[node, piece, span]
+            inside = _in_body(program, self.group, node)
+            got = env[node] if inside else windows[node, piece]
+            low, high = self._wanted(ranges, node, piece)
+            if not inside and piece.outer > 1:
+                shape = piece.resized(node.meta["val"].shape, high - low)
+                got = _added(graph, node, aten.reshape.default, got, shape)
+            found = _narrowed(graph, got, piece, span[0] - low, span[1] - span[0])
+            if not inside and packed and not found.meta["val"].is_contiguous():
+                found = _added(graph, node, aten.clone.default, found, memory_format=torch.contiguous_format)
+            if found is not env.get(node) and found is not windows.get((node, piece)):
+                parts[node, piece, span] = found
+            return found
+
+        with torch.no_grad(), program.mode:
+            for node, piece in self.inputs:
+                window = graph.placeholder(node.name)
+                window.target = window.name  # a value may be read in two ways
+                value = node.meta["val"]
+                if piece is not None:
+                    value = piece.window(value, 0, _start_and_length(ranges.read[node, piece])[1])
+                window.meta = {**node.meta, "val": value}
+                windows[node, piece] = window
+            for index in self.body:
+                if index in ranges.wanted:
+                    env[program.values[index].node] = self._node(index, ranges.wanted[index], graph, read)
+            results = []
+            for index in self.outputs:
+                low, high = stored_part(run.slices[index], run.extent, part)
+                result, piece = env[program.values[index].node], run.slices[index]
+                results.append(_narrowed(graph, result, piece, low - ranges.wanted[index][0], high - low))
+        graph.output(tuple(results))
+        graph.eliminate_dead_code(is_impure)
+        module = fx.GraphModule({}, graph, class_name="Body")
+        fuse_norms(module)
+        return module
+
+    def _node(self, index: int, wanted: Span, graph: fx.Graph, read: Callable[..., fx.Node]) -> fx.Node:
+        """One operator on its slices: the part wanted of what it computes."""
+        value, cut = self.program.values[index], self.group.run.cuts[index]
+        pieces, window = iter(cut.inputs), cut.window(wanted)
+        leaves, spec = pytree.tree_flatten((value.node.args, dict(value.node.kwargs)))
+        target, packed = value.node.target, value.node.target in PRODUCTS
+        leaves = [read(leaf, next(pieces), window, packed) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        first = wanted[0]
+        if isinstance(target, OpOverload):
+            arguments, first = cut.place(wanted, window)
+            args, kwargs = with_arguments(target, args, kwargs, arguments)
+        node = graph.create_node("call_function", target, args, kwargs, name=value.node.name)
+        node.meta = dict(value.node.meta)
+        if target in (aten.view.default, aten._unsafe_view.default):
+            _evaluate_view(node)
+        else:
+            node.meta["val"] = evaluate(node)
+        piece = self.group.run.slices[index]
+        if cut.halo is None:
+            return node
+        return _narrowed(graph, node, piece, wanted[0] - first, wanted[1] - wanted[0])
 
 
-def _sliced_node(
-    program: Program,
-    group: Group,
-    index: int,
-    graph: fx.Graph,
-    read: Callable[[fx.Node, Slice | None, bool], fx.Node],
-    length: int,
-) -> fx.Node:
-    value, cut = program.values[index], group.run.cuts[index]
-    pieces = iter(cut.inputs)
-    leaves, spec = pytree.tree_flatten((value.node.args, dict(value.node.kwargs)))
-    packed = value.node.target in PRODUCTS
-    leaves = [read(leaf, next(pieces), packed) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    target = value.node.target
-    if isinstance(target, OpOverload):
-        args, kwargs = with_arguments(target, args, kwargs, cut.resize(length))
-    node = graph.create_node("call_function", target, args, kwargs, name=value.node.name)
-    node.meta = dict(value.node.meta)
-    if target in (aten.view.default, aten._unsafe_view.default):
-        _evaluate_view(node)
-    else:
-        node.meta["val"] = evaluate(node)
+def _narrowed(graph: fx.Graph, node: fx.Node, piece: Slice, start: int, length: int) -> fx.Node:
+    """The part [start, start + length) of the steps that a node of a body has."""
+    shape = node.meta["val"].shape if isinstance(node.meta["val"], torch.Tensor) else None
+    if shape is None or shape[piece.dim] == piece.outer * length * piece.inner:
+        return node
+    if piece.outer == 1:
+        bounds = start * piece.inner, (start + length) * piece.inner
+        return _added(graph, node, aten.slice.Tensor, node, piece.dim, *bounds)
+    steps = shape[piece.dim] // (piece.outer * piece.inner)
+    split = _added(graph, node, aten.unflatten.int, node, piece.dim, (piece.outer, steps, piece.inner))
+    part = _added(graph, node, aten.slice.Tensor, split, piece.dim + 1, start, start + length)
+    return _added(graph, node, aten.reshape.default, part, piece.resized(shape, length))
+
+
+def _added(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A node that prepares what ``origin`` of the program has made."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {**origin.meta, "val": evaluate(node)}
     return node
 
 

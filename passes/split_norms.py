@@ -51,9 +51,7 @@ def _split(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.No
     input = env[given["input"]]
     count = value.shape[1] // groups * value.shape[-1]
     moments = _call(node, graph, "moments", norm.group_moments.default, input, groups)
-    statistics = _call(
-        node, graph, "statistics", norm.group_statistics.default, moments, count, given.get("eps", 1e-5)
-    )
+    statistics = _call(node, graph, "statistics", norm.group_statistics.default, moments, count, given.get("eps", 1e-5))
     scale = _call(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
     scale.meta["val"] = value  # of the same layout, and what the views of it lie in
     return scale

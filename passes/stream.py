@@ -98,7 +98,8 @@ def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
     through = [run for run in find_runs(program, [large]) if len(run.slices) >= OUTER_SHARE * len(program)]
     runs = [run for run in through if run.extent <= most]
     found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
-    return min(found, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
+    alone = [candidate for candidate in found if not candidate.halo]
+    return min(alone, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
 
 
 def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
@@ -134,10 +135,10 @@ def _nested(program: Program, outer: Candidate, costs: CostModel, budget: int | 
     slicer = Slicer(program)
     group = Group(outer, lengths_of(outer.run.extent, outer.run.extent))
     bodies = slicer.loop(group).module.bodies
-    [(length, body)] = bodies.items()
+    [(name, body)] = bodies.items()
     assert isinstance(body, fx.GraphModule)
     inner = stream(body, None if budget is None else max(budget - outer.fixed_bytes, 1), most_outer // outer.run.extent)
-    bodies[length] = inner.graph_module
+    bodies[name] = inner.graph_module
     outside = [index for index in range(len(program)) if not outer.start <= index <= outer.end]
     grouping = Grouping(program, _candidates(program, outside), costs)
     grouping.fix(group, inner.after.peak_bytes)

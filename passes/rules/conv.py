@@ -1,18 +1,16 @@
-"""Convolutions, pooling and upsampling: samples and channels, and the axes whose windows do not overlap.
-
-Along an axis where windows overlap, a slice reads a halo of its neighbours: that is not a slice, and no rule here.
-"""
+"""Convolutions, pooling and resampling: samples and channels, and spatial axes, where a slice reads a halo."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 
-from fxstream.passes.axes import Call, Cut, Slice, rule
-from fxstream.passes.rules.common import cut, independent, lead, source, trailing
+from fxstream.passes.axes import Call, Cut, Slice, Span, rule
+from fxstream.passes.rules.common import cut, haloed, independent, lead, replaced, source, trailing
 
 aten = torch.ops.aten
 
@@ -22,12 +20,35 @@ def at(value: int | Sequence[int], position: int) -> int:
     return value if isinstance(value, int) else value[position if len(value) > 1 else 0]
 
 
-def disjoint(call: Call, out: Slice, kernel: int, stride: int, padding: int, dilation: int) -> Slice | None:
-    """The input's piece where windows of ``kernel`` tile the dimension: no overlap, no gap, no border."""
-    tiles = stride == kernel and padding == 0 and (kernel == 1 or dilation == 1)
-    if not tiles or source(call).shape[out.dim] != out.size * kernel:
-        return None
-    return Slice(out.dim, out.extent, out.outer, out.inner * kernel)
+def sliding(
+    call: Call, out: Slice, kernel: int, stride: int, padding: int | str, dilation: int, position: int, rank: int
+) -> Cut | None:
+    """A kernel that slides along a spatial dimension: a step reads the steps under the kernel.
+
+    Inside, a slice is computed without padding. At a border the operator pads as it does; what its padding adds where
+    the slice has neighbours is computed for nothing, and left.
+    """
+    span = dilation * (kernel - 1) + 1
+    if padding == 0 and stride == kernel and (kernel == 1 or dilation == 1):
+        tiles = source(call).shape[out.dim] == out.size * kernel
+        if tiles and (kernel == 1 or out.outer * out.inner > 1):  # no overlap, no gap, no border
+            return lead(call, Slice(out.dim, out.extent, out.outer, out.inner * kernel))
+    same = isinstance(padding, str)
+    before = 0 if padding == "valid" else (span - 1) // 2 if same else int(padding)
+
+    def reads(step: int) -> tuple[int, int]:
+        return step * stride - before, step * stride - before + span - 1
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        if padding == "same":
+            return {}, window[0]
+        if clipped:
+            return {}, window[0] // stride
+        if padding == "valid":
+            return {}, part[0]
+        return {"padding": replaced(call.arguments["padding"], position, rank, 0)}, part[0]
+
+    return haloed(call, out, reads, stride, place, align=stride, least=span)
 
 
 @rule(
@@ -46,21 +67,19 @@ def convolution(call: Call, out: Slice) -> Cut | None:
     if position < -1:
         return lead(call, out)
     if given.get("transposed"):
-        return None
+        return None if position == -1 else transposed(call, out, position, len(kernel))
     if position == -1:
         return channels(call, out)
-    padding = given["padding"]
-    if isinstance(padding, str):  # "same" wants stride 1: where that is the kernel's size too, it pads nothing
-        padding = 0
-    piece = disjoint(
+    return sliding(
         call,
         out,
         kernel[position],
         at(given["stride"], position),
-        at(padding, position),
+        given["padding"] if isinstance(given["padding"], str) else at(given["padding"], position),
         at(given["dilation"], position),
+        position,
+        len(kernel),
     )
-    return lead(call, piece)
 
 
 def channels(call: Call, out: Slice) -> Cut | None:
@@ -76,9 +95,30 @@ def channels(call: Call, out: Slice) -> Cut | None:
     return cut(call, pieces, lambda length: {"groups": out.outer * length * out.inner // group})
 
 
-independent(aten.conv_transpose1d.default, but=trailing(2))
-independent(aten.conv_transpose2d.input, but=trailing(3))
-independent(aten.conv_transpose3d.input, but=trailing(4))
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def conv_transpose(call: Call, out: Slice) -> Cut | None:
+    rank = call.arguments["weight"].dim() - 2
+    position = out.dim - (len(call.shape) - rank)
+    if position < -1:
+        return lead(call, out)
+    return None if position == -1 else transposed(call, out, position, rank)
+
+
+def transposed(call: Call, out: Slice, position: int, rank: int) -> Cut | None:
+    """Each input step adds to ``span`` output steps: run on its window, with padding, it begins at the first's."""
+    given = call.arguments
+    stride, padding = at(given["stride"], position), at(given["padding"], position)
+    span = at(given["dilation"], position) * (given["weight"].shape[2 + position] - 1) + 1
+    if padding > span - stride:  # its result would begin after the part, and end before it
+        return None
+
+    def reads(step: int) -> tuple[int, int]:
+        return -((span - 1 - padding - step) // stride), (step + padding) // stride
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        return {}, window[0] * stride
+
+    return haloed(call, out, reads, Fraction(1, stride), place)
 
 
 def pool(rank: int, call: Call, out: Slice) -> Cut | None:
@@ -89,8 +129,8 @@ def pool(rank: int, call: Call, out: Slice) -> Cut | None:
         return lead(call, out)
     kernel = at(given["kernel_size"], position)
     stride = at(given["stride"], position) if given["stride"] else kernel
-    piece = disjoint(call, out, kernel, stride, at(given["padding"], position), at(given.get("dilation", 1), position))
-    return lead(call, piece)
+    padding, dilation = at(given["padding"], position), at(given.get("dilation", 1), position)
+    return sliding(call, out, kernel, stride, padding, dilation, position, rank)
 
 
 rule(aten.avg_pool1d.default, aten.max_pool1d.default)(partial(pool, 1))
@@ -120,32 +160,101 @@ def upsample_nearest(call: Call, out: Slice) -> Cut | None:
     """Along rows too where each is repeated a power of two times: then the kernels' float arithmetic is exact."""
     if out.dim < 2:
         return lead(call, out)
-    given = call.arguments
-    size = source(call).shape[out.dim]
+    times = repeats(call, out)
+    if times is None:
+        return None
+    if out.outer * out.inner == 1:
+
+        def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+            return output_size(call, out, (window[1] - window[0]) * times), window[0] * times
+
+        return haloed(call, out, lambda step: (step // times,) * 2, Fraction(1, times), place)
+    if out.inner % times:
+        return None
+    piece = Slice(out.dim, out.extent, out.outer, out.inner // times)
+    return lead(call, piece, lambda length: output_size(call, out, out.outer * length * out.inner))
+
+
+def repeats(call: Call, out: Slice) -> int | None:
+    """How many times longer the output's dimension is, where the kernel's float arithmetic is exact: a power of two."""
+    given, size = call.arguments, source(call).shape[out.dim]
     times = out.size // size
     if "scale_factors" in given:
         scales = given["scale_factors"]
     else:
         scales = [given[name] for name in given if name.startswith("scales")]
-    if size * times != out.size or times & (times - 1) or out.inner % times:
+    if size * times != out.size or times & (times - 1):
         return None
-    if scales and scales[out.dim - 2] not in (None, times):
-        return None
-    piece = Slice(out.dim, out.extent, out.outer, out.inner // times)
-    if given["output_size"] is None:
-        return lead(call, piece)
-    return lead(call, piece, lambda length: {"output_size": out.resized(call.shape, length)[2:]})
+    return None if scales and scales[out.dim - 2] not in (None, times) else times
 
 
-independent(aten.upsample_linear1d.default, aten.upsample_linear1d.vec, but=trailing(1))
-independent(
+def output_size(call: Call, out: Slice, size: int) -> dict[str, Any]:
+    """The argument that gives the output's size, where it is given."""
+    if call.arguments["output_size"] is None:
+        return {}
+    return {"output_size": [size if dim == out.dim else old for dim, old in enumerate(call.shape)][2:]}
+
+
+@rule(
+    aten.upsample_linear1d.default,
+    aten.upsample_linear1d.vec,
     aten.upsample_bilinear2d.default,
     aten.upsample_bilinear2d.vec,
+    aten.upsample_trilinear3d.default,
+    aten.upsample_trilinear3d.vec,
+)
+def upsample_linear(call: Call, out: Slice) -> Cut | None:
+    """Between the two nearest of the steps' centres."""
+    if out.dim < 2:
+        return lead(call, out)
+    times = repeats(call, out)
+    if times is None or call.arguments["align_corners"]:
+        return None
+
+    def reads(step: int) -> tuple[int, int]:
+        nearest = (2 * step + 1 - times) // (2 * times)
+        return nearest, nearest + 1
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        return output_size(call, out, (window[1] - window[0]) * times), window[0] * times
+
+    return haloed(call, out, reads, Fraction(1, times), place)
+
+
+independent(
     aten._upsample_bilinear2d_aa.default,
     aten._upsample_bilinear2d_aa.vec,
     aten.upsample_bicubic2d.default,
     aten.upsample_bicubic2d.vec,
     but=trailing(2),
 )
-independent(aten.upsample_trilinear3d.default, aten.upsample_trilinear3d.vec, but=trailing(3))
-independent(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, but=trailing(3))
+
+
+@rule(aten.pixel_shuffle.default)
+def pixel_shuffle(call: Call, out: Slice) -> Cut | None:
+    """Each step of rows or columns becomes ``times`` of them, out of channels."""
+    times, position = call.arguments["upscale_factor"], out.dim - len(call.shape)
+    if position < -2:
+        return None if position == -3 else lead(call, out)
+    if out.inner % times == 0:
+        return lead(call, Slice(out.dim, out.extent, out.outer, out.inner // times))
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        return {}, window[0] * times
+
+    return haloed(call, out, lambda step: (step // times,) * 2, Fraction(1, times), place)
+
+
+@rule(aten.pixel_unshuffle.default)
+def pixel_unshuffle(call: Call, out: Slice) -> Cut | None:
+    """``times`` steps of rows or columns become one, and channels."""
+    times, position = call.arguments["downscale_factor"], out.dim - len(call.shape)
+    if position < -2:
+        return None if position == -3 else lead(call, out)
+    if out.outer * out.inner > 1:
+        return lead(call, Slice(out.dim, out.extent, out.outer, out.inner * times))
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        return {}, part[0]
+
+    return haloed(call, out, lambda step: (step * times, step * times + times - 1), times, place)

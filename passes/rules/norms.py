@@ -50,7 +50,7 @@ def group_moments(call: Call, out: Slice) -> Cut | None:
     if out.dim == 0:
         return None
     if out.dim != 2:
-        return lead(call, out.at(out.dim - (out.dim == 1)))
+        return lead(call, out.at(out.dim - 1))
     channels = call.tensors[0].shape[1] // groups
     piece = Slice(1, out.extent, out.outer, out.inner * channels)
     return lead(call, piece, lambda length: {"groups": groups // out.extent * length})

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 
-from fxstream.passes.axes import Call, Cut, Slice, rule
-from fxstream.passes.rules.common import cut, dims, independent, lead, source, trailing
+from fxstream.passes.axes import Call, Cut, Slice, Span, rule
+from fxstream.passes.rules.common import cut, dims, haloed, independent, lead, source, trailing
 from fxstream.passes.rules.views import removed
 
 aten = torch.ops.aten
@@ -77,20 +81,51 @@ independent(
 independent(aten.flip.default, but=lambda call: call.arguments["dims"])
 independent(aten.roll.default, but=lambda call: call.arguments["dims"] or range(len(call.shape)))
 independent(aten.tril.default, aten.triu.default, but=trailing(2))
-independent(
+
+
+@rule(
     aten.constant_pad_nd.default,
     aten.pad.default,
-    but=lambda call: [-1 - i // 2 for i, width in enumerate(call.arguments["pad"]) if width],
-)
-independent(
     aten.reflection_pad1d.default,
     aten.reflection_pad2d.default,
     aten.reflection_pad3d.default,
     aten.replication_pad1d.default,
     aten.replication_pad2d.default,
     aten.replication_pad3d.default,
-    but=lambda call: [-1 - i // 2 for i, width in enumerate(call.arguments["padding"]) if width],
 )
+def pad(call: Call, out: Slice) -> Cut | None:
+    """Steps before and after those of the input: constant, or made of the steps next to the border."""
+    name = "pad" if "pad" in call.arguments else "padding"
+    widths, entry = call.arguments[name], 2 * (len(call.shape) - 1 - out.dim)
+    before, after = widths[entry : entry + 2] or (0, 0)
+    if before == after == 0:
+        return lead(call, out)
+    size, mirrored = source(call).shape[out.dim], "reflect" in (call.arguments.get("mode") or str(call.target))
+    if call.arguments.get("mode") == "circular":
+        return None
+
+    def missing(part: Span) -> tuple[int, int]:
+        return max(0, before - part[0]), max(0, part[1] - size - before)
+
+    def reads(step: int) -> tuple[int, int]:
+        return step - before, step - before
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        first = max(0, window[0] + before - part[0])
+        last = max(0, part[1] - window[1] - before)
+        return {name: [*widths[:entry], first, last, *widths[entry + 2 :]]}, window[0] + before - first
+
+    found = haloed(call, out, reads, 1, place)
+    if found is None or found.halo is None or not mirrored:
+        return found
+
+    def window(part: Span) -> Span:
+        """What is mirrored lies inside the border, as far as the part lies outside."""
+        low, high = found.halo.window(part)
+        first, last = missing(part)
+        return min(low, size - 1 - last) if last else low, max(high, first + 1) if first else high
+
+    return replace(found, halo=replace(found.halo, window=window))
 
 
 @rule(aten.index_select.default)

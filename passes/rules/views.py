@@ -5,13 +5,14 @@ A view keeps the linear order of elements, and so keeps how many of them lie bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 
-from fxstream.passes.axes import Call, Cut, Slice, rule
-from fxstream.passes.rules.common import broadcast, cut, dims, lead, source
+from fxstream.passes.axes import Call, Cut, Slice, Span, rule
+from fxstream.passes.rules.common import broadcast, cut, dims, haloed, lead, source
 
 aten = torch.ops.aten
 
@@ -124,7 +125,11 @@ def slice_(call: Call, out: Slice) -> Cut | None:
     if size == out.size * step:
         piece = Slice(dim, out.extent, out.outer, out.inner * step)
         return lead(call, piece, lambda length: {"start": start, "end": None})
-    return None
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        return {"start": 0, "end": window[1] - window[0]}, part[0]
+
+    return haloed(call, out, lambda index: (start + index * step,) * 2, step, place)
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)

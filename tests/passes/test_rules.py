@@ -16,11 +16,11 @@ from fxstream.passes.axes import Slice, backward, forward, registered
 from fxstream.passes.rules import pointwise as family
 from tests.passes.oracle import call_of, check, slices
 
-aten = torch.ops.aten
+aten, norm = torch.ops.aten, torch.ops.fxstream
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Sample = Callable[[Random, OpOverload], Arguments]
 SAMPLES: dict[OpOverload, Sample] = {}
-REGISTERED = {operator for operator in registered() if operator.namespace == "aten"}
+REGISTERED = {operator for operator in registered() if operator.namespace in ("aten", "fxstream")}
 
 
 def sample(*operators: OpOverload) -> Callable[[Sample], Sample]:
@@ -467,6 +467,20 @@ def batch_norm(random: Random, operator: OpOverload) -> Arguments:
     return (drawn, weight, bias, mean, var, False, 0.1, 1e-5, False), {}
 
 
+@sample(norm.group_moments.default, norm.group_statistics.default, norm.group_scale.default)
+def split_norm(random: Random, operator: OpOverload) -> Arguments:
+    groups, width = random.choice((1, 2, 4)), random.choice((1, 2, 3))
+    sizes = [random.choice((1, 2, 5)) for _ in range(random.choice((2, 3)))]
+    samples = random.choice((1, 2, 4))
+    if operator is norm.group_statistics.default:
+        return (tensor(random, 2, samples, groups, *sizes[:-1]).abs(), width * sizes[-1], 1e-5), {}
+    drawn = tensor(random, samples, groups * width, *sizes)
+    if operator is norm.group_moments.default:
+        return (drawn, groups), {}
+    weight, bias = (maybe(random, tensor(random, groups * width)) for _ in range(2))
+    return (drawn, tensor(random, 2, samples, groups), weight, bias), {}
+
+
 # Convolutions, pooling, upsampling
 
 
@@ -840,7 +854,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
         (rand(2, 3, 8, 8), rand(5, 3, 2, 2), None, [2, 2]),
         {},
         Slice(2, 4),
-        [Slice(2, 4, 1, 2), None],
+        [Slice(2, 8), None],
     ),
     "channels of a convolution": (
         aten.conv2d.default,
@@ -856,24 +870,84 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
         Slice(2, 4, 1, 2),
         [Slice(2, 4)],
     ),
-    "samples repeated for guidance": (aten.repeat.default, (rand(3, 4), [2, 1]), {}, Slice(0, 3, 2), [Slice(0, 3)]),
-}
-
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "pixels of a group norm": (aten.group_norm.default, (rand(2, 8, 3, 3), 4), {}, Slice(2, 3)),
-    "half groups of a group norm": (aten.group_norm.default, (rand(2, 8, 3, 3), 4), {}, Slice(1, 8)),
     "rows of a 3x3 convolution": (
         aten.conv2d.default,
         (rand(2, 3, 4, 4), rand(5, 3, 3, 3), None, [1, 1], [1, 1]),
         {},
         Slice(2, 4),
+        [Slice(2, 4), None],
     ),
     "rows of a padded 1x1 convolution": (
         aten.conv2d.default,
         (rand(2, 3, 4, 4), rand(5, 3, 1, 1), None, [1, 1], [1, 1]),
         {},
         Slice(2, 6),
+        [Slice(2, 4), None],
     ),
+    "rows of a halving convolution": (
+        aten.conv2d.default,
+        (rand(2, 3, 9, 4), rand(5, 3, 3, 3), None, [2, 2], [1, 1]),
+        {},
+        Slice(2, 5),
+        [Slice(2, 9), None],
+    ),
+    "rows of a doubling convolution": (
+        aten.conv_transpose2d.input,
+        (rand(2, 3, 5, 4), rand(3, 4, 4, 4), None, [2, 2], [1, 1]),
+        {},
+        Slice(2, 10),
+        [Slice(2, 5), None],
+    ),
+    "windows that padding shifts": (
+        aten.conv1d.default,
+        (rand(2, 3, 12), rand(4, 3, 3), None, [3], [1]),
+        {},
+        Slice(2, 4),
+        [Slice(2, 12), None],
+    ),
+    "dilated windows": (
+        aten.max_pool1d.default,
+        (rand(2, 3, 8), [2], [2], [0], [2], True),
+        {},
+        Slice(2, 4),
+        [Slice(2, 8)],
+    ),
+    "a slice that cuts blocks": (aten.slice.Tensor, (rand(2, 8), 1, 1, 5), {}, Slice(1, 4), [Slice(1, 8)]),
+    "a padded dimension": (aten.constant_pad_nd.default, (rand(2, 3), [1, 0]), {}, Slice(1, 4), [Slice(1, 3)]),
+    "a dimension that is mirrored at its border": (
+        aten.reflection_pad1d.default,
+        (rand(2, 3, 6), [3, 2]),
+        {},
+        Slice(2, 11),
+        [Slice(2, 6)],
+    ),
+    "frames of a split group norm's moments": (
+        norm.group_moments.default,
+        (rand(2, 8, 3, 4, 5), 4),
+        {},
+        Slice(3, 3),
+        [Slice(2, 3)],
+    ),
+    "rows of a split group norm's scale": (
+        norm.group_scale.default,
+        (rand(2, 8, 3, 4, 5), rand(2, 2, 4), rand(8), rand(8)),
+        {},
+        Slice(3, 4),
+        [Slice(3, 4), None, None, None],
+    ),
+    "groups of a split group norm's scale": (
+        norm.group_scale.default,
+        (rand(2, 8, 3, 4, 5), rand(2, 2, 4), rand(8), None),
+        {},
+        Slice(1, 4, 1, 2),
+        [Slice(1, 4, 1, 2), Slice(2, 4), Slice(0, 4, 1, 2)],
+    ),
+    "samples repeated for guidance": (aten.repeat.default, (rand(3, 4), [2, 1]), {}, Slice(0, 3, 2), [Slice(0, 3)]),
+}
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "pixels of a group norm": (aten.group_norm.default, (rand(2, 8, 3, 3), 4), {}, Slice(2, 3)),
+    "half groups of a group norm": (aten.group_norm.default, (rand(2, 8, 3, 3), 4), {}, Slice(1, 8)),
     "softmax's own dimension": (aten.softmax.int, (rand(2, 4), -1), {}, Slice(1, 4)),
     "causal queries": (
         aten.scaled_dot_product_attention.default,
@@ -895,18 +969,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     ),
     "a normalized dimension": (aten.layer_norm.default, (rand(2, 4, 6), [6]), {}, Slice(2, 6)),
     "an axis in no single dimension": (aten.view.default, (rand(2, 3, 4), [6, 4]), {}, Slice(0, 6)),
-    "a slice that cuts blocks": (aten.slice.Tensor, (rand(2, 8), 1, 1, 5), {}, Slice(1, 4)),
-    "windows that padding shifts": (
-        aten.conv1d.default,
-        (rand(2, 3, 12), rand(4, 3, 3), None, [3], [1]),
-        {},
-        Slice(2, 4),
-    ),
-    "dilated windows": (aten.max_pool1d.default, (rand(2, 3, 8), [2], [2], [0], [2], True), {}, Slice(2, 4)),
     "unequal parts of a split": (aten.split_with_sizes.default, (rand(2, 6), [2, 1, 3], 1), {}, Slice(1, 2)),
     "a dimension that squeeze may drop": (aten.squeeze.dim, (rand(4, 2), 0), {}, Slice(0, 4)),
     "a reversed dimension": (aten.flip.default, (rand(4, 2), [0]), {}, Slice(0, 4)),
-    "a padded dimension": (aten.constant_pad_nd.default, (rand(2, 3), [1, 0]), {}, Slice(1, 4)),
     "dropout in training": (aten.dropout.default, (rand(4, 2), 0.5, True), {}, Slice(0, 4)),
     "batch norm in training": (
         aten.batch_norm.default,
