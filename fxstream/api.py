@@ -34,16 +34,17 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     *,
     memory_budget: str | int | float = "min",
+    allow_recompute: bool = False,
 ) -> Plan:
     """Plan one call of a module, or of a bound method of one. Runs nothing, changes nothing.
 
     ``args`` and ``kwargs`` are example inputs; they and the weights may be fake or on the meta device.
-    ``memory_budget`` is as for ``optimize``.
+    ``memory_budget`` and ``allow_recompute`` are as for ``optimize``.
 
     Raises ``ValueError`` (the budget can't be read, the inputs don't fit the model's signature), ``CaptureError`` (the
     model can't be captured as one graph) and ``MemoryBudgetError`` (no plan meets the budget).
     """
-    return compile_call(model, args, kwargs or {}, Budget.parse(memory_budget)).plan
+    return compile_call(model, args, kwargs or {}, Budget.parse(memory_budget), allow_recompute).plan
 
 
 def optimize(
@@ -51,11 +52,15 @@ def optimize(
     memory_budget: str | int | float,
     example_args: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    allow_recompute: bool = False,
 ) -> StreamedModule:
     """A module that stands where ``model`` stood, and computes the same within a memory budget.
 
     ``memory_budget`` is all that a call may hold (weights, inputs and activations) as ``"6GiB"`` or an int of bytes;
     or a float in (0, 1), the share of the captured graph's activation peak; or ``"min"``, the lowest reachable.
+    ``allow_recompute`` lets large values be computed again where holding them would break the budget; the plan tells
+    how many operations that adds.
 
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
@@ -63,7 +68,7 @@ def optimize(
     budget = Budget.parse(memory_budget)
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
-        return compile_call(model, args, kwargs, budget)
+        return compile_call(model, args, kwargs, budget, allow_recompute)
 
     streamed = StreamedModule(model, compiler)
     if example_args is not None or example_kwargs is not None:
@@ -71,7 +76,13 @@ def optimize(
     return streamed
 
 
-def compile_call(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], budget: Budget) -> Compiled:
+def compile_call(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    budget: Budget,
+    allow_recompute: bool = False,
+) -> Compiled:
     """Capture, plan and rewrite one call."""
     began = time.perf_counter()
     captured = capture(model, args, kwargs)
@@ -80,10 +91,10 @@ def compile_call(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     before = profile(graph_module)
     held = before.weight_bytes + before.input_bytes
     allowed = budget.activation_bytes(before.peak_bytes, held)
-    streamed = stream(graph_module, allowed)
+    streamed = stream(graph_module, allowed, allow_recompute)
     failed = allowed is not None and streamed.after.peak_bytes > allowed
     if failed:
-        streamed = stream(graph_module, None)
+        streamed = stream(graph_module, None, allow_recompute)
     seconds = {"capture": planning - began, "planning": time.perf_counter() - planning}
     made = make_plan(before, streamed, allowed, seconds)
     if failed:

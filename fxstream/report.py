@@ -194,8 +194,8 @@ def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: 
     paths = [module_path(program.values[index].node).split(".") for index in inside]
     shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
     return PlannedGroup(
-        first=first.name,
-        last=last.name,
+        first=first.meta.get("origin", first.name),
+        last=last.meta.get("origin", last.name),
         module_path=".".join(names[0] for names in shared),
         axis=axis,
         extent=group.run.extent,

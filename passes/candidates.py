@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxstream.loop import Slice
-from fxstream.passes.layout import slice_layout
+from fxstream.passes.layout import lies_within, slice_layout
 from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program
 from fxstream.passes.ranges import infer_ranges, stored_part
@@ -60,6 +60,18 @@ class Candidate:
             return self.measured.get(length) or max(fixed + step * steps for fixed, step in self.moments)
         known = min(self.measured, key=lambda other: abs(other - length))
         return self.measured[known] * max(1.0, (length + self.halo) / (known + self.halo))
+
+    def without_larger(self, program: Program) -> Candidate | None:
+        """The candidate with no output over an input larger than it; None where it has none such."""
+        values = {index: program.values[index].node.meta["val"] for index in self.over}
+        sizes = {index: value.untyped_storage().nbytes() for index, value in values.items()}
+        larger = {index for index, node in self.over.items() if bytes_of(node.meta["val"]) > sizes[index]}
+        if not larger:
+            return None
+        over = {index: node for index, node in self.over.items() if index not in larger}
+        return replace(
+            self, fixed_bytes=self.fixed_bytes + sum(sizes[index] for index in larger), over=over, measured={}
+        )
 
     def peak_bytes(self, slices: int) -> float:
         return self.fixed_bytes + self.body_bytes(ceil(self.run.extent / slices))
@@ -238,7 +250,8 @@ class _Sweep:
         """Outputs that can be written over one of the group's dying inputs.
 
         Legal where the input's storage was made by the graph, dies in the group, and every slice of the body reads of
-        it just the bytes that the output's slice is written to.
+        it the bytes that the output's slice is written to, and none of another slice's. An input may be larger than
+        the output; it then lives as long.
         """
         storages = self.program.liveness.storages
         free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
@@ -249,12 +262,14 @@ class _Sweep:
             value = self.program.values[index].node.meta["val"]
             if not isinstance(value, torch.Tensor):
                 continue
-            layout = slice_layout(value, self.run.slices[index])
-            for storage, read in free.items():
-                if read == layout and storages[storage].bytes == value.untyped_storage().nbytes():
-                    found[index] = self.sources[storage]
-                    del free[storage]
-                    break
+            layout, size = slice_layout(value, self.run.slices[index]), value.untyped_storage().nbytes()
+            if layout is None:
+                continue
+            fitting = [s for s, read in free.items() if storages[s].bytes >= size and lies_within(layout, read)]
+            if fitting:
+                storage = min(fitting, key=lambda s: storages[s].bytes)
+                found[index] = self.sources[storage]
+                del free[storage]
         return found
 
     def _read_where_written(self, free: dict[int, Any], end: int) -> dict[int, Any]:

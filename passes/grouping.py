@@ -114,6 +114,14 @@ class Grouping:
             group.candidate.measured[length] = body_bytes
             self._weigh(group.candidate)
 
+    def avoid_larger(self, group: Group) -> None:
+        """Let a group write over no input that is larger than its output: what the input holds more lives on."""
+        candidate = group.candidate.without_larger(self.program)
+        if candidate is not None:
+            at = self._by_end[candidate.end]
+            at[at.index(group.candidate)] = candidate
+            self._weigh(candidate)
+
     def fix(self, group: Group, body_bytes: int) -> None:
         """Add a candidate that may be used just as the group does, its bodies' peak known."""
         candidate, slices = group.candidate, len(group.lengths)

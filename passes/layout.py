@@ -36,3 +36,12 @@ def slice_layout(tensor: torch.Tensor, piece: Slice) -> Any:
         else:
             merged.append((stride, size, axis))
     return tensor.storage_offset(), tensor.dtype, tuple(merged)
+
+
+def lies_within(layout: Any, other: Any) -> bool:
+    """Whether a slice of one layout touches no address that the same slice of the other doesn't, offsets apart."""
+    (_, dtype, parts), (_, other_dtype, others) = layout, other
+    sizes = {(stride, axis): size for stride, size, axis in others}
+    fits = all(sizes.get((stride, axis), 0) >= size for stride, size, axis in parts)
+    axes = [[part for part in each if part[2]] for each in (parts, others)]
+    return dtype == other_dtype and fits and axes[0] == axes[1]

@@ -144,6 +144,11 @@ class Program:
             self._memo[key] = counter.get_total_flops()
         return self._memo[key]
 
+    @cached_property
+    def total_flops(self) -> int:
+        """Floating point operations of all nodes."""
+        return sum(self.flops(index) for index in range(len(self)))
+
     def backward(self, index: int, out: Slice) -> Cut | None:
         """The rule's cut for a slice of the node's output."""
         value = self.values[index]

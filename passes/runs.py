@@ -24,6 +24,9 @@ RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 HOIST_SHARE = 1 / 64
 """An independent value smaller than this share of what reads it is computed once, whole, before the loop."""
 
+MOST_HALO = 0.25
+"""A run ends where its first nodes would compute more than this share of the axis beyond each slice."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -125,6 +128,7 @@ class _Scanner:
         self.slices, self.cuts = {start: seed}, {start: first}
         self.pulled: set[int] = set()
         self.whole: set[int] = set()  # independent nodes that a sliced one reads whole
+        self.reach: dict[int, float] = {}  # share of the axis that a node reads beyond its slice, back to the first
 
     def scan(self) -> Run | None:
         end = self.start
@@ -133,6 +137,11 @@ class _Scanner:
                 if any(at in self.slices for at in self._reads(index)):
                     break
                 continue
+            if self._reach(index) > MOST_HALO:
+                if index == self.start:
+                    return None
+                del self.slices[index], self.cuts[index]
+                break
             least = HOIST_SHARE * _bytes(self.program, index)
             self._take_inputs(index, least)
             end = index
@@ -143,6 +152,14 @@ class _Scanner:
         work = [index for index in self.slices if not self.program.is_view(index)]
         extent = self.slices[self.start].extent
         return Run(extent, self.start, end, self.slices, self.cuts) if len(work) > 1 else None
+
+    def _reach(self, index: int) -> float:
+        cut = self.cuts[index]
+        own = 0.0
+        if cut.halo is not None:
+            own = float(cut.halo.overlap) / next(piece.extent for piece in cut.inputs if piece is not None)
+        self.reach[index] = own + max((self.reach.get(at, 0.0) for at, _ in self._edges(index)), default=0.0)
+        return self.reach[index]
 
     def _reads(self, index: int) -> list[int]:
         """Positions in the run that a node reads, -1 for what comes from before it."""

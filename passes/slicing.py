@@ -39,11 +39,11 @@ class Slicer:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._loops: dict[tuple[int, int, int, tuple[int, ...]], Loop] = {}
+        self._loops: dict[Any, Loop] = {}
 
     def loop(self, group: Group) -> Loop:
         """The loop of one group."""
-        key = (id(group.run), group.start, group.end, group.lengths)
+        key = (id(group.run), group.start, group.end, group.lengths, frozenset(group.candidate.over))
         if key not in self._loops:
             self._loops[key] = _loop(self.program, group)
         return self._loops[key]
@@ -135,9 +135,11 @@ def _attributes(source: fx.GraphModule) -> dict[str, Any]:
 
 def _loop(program: Program, group: Group) -> Loop:
     nodes, run = program.liveness.schedule, group.run
-    body = [index for index in range(group.start, group.end + 1) if index in run.slices]
-    inputs = _inputs(program, group, body)
     over, outputs = group.candidate.over, group.candidate.outputs
+    sliced = [index for index in range(group.start, group.end + 1) if index in run.slices]
+    wanted = infer_ranges(program, run, sliced, outputs, (0, group.lengths[0])).wanted
+    body = [index for index in sliced if index in wanted]
+    inputs = _inputs(program, group, body)
     where = {node: position for position, (node, _) in enumerate(inputs)}
     specs = []
     for index in outputs:

@@ -1,6 +1,6 @@
 """Split norms: a group norm over a large tensor as moments, statistics and a pointwise scale.
 
-Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
+Each part's ``meta["origin"]`` is the norm's name. Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
 parts can: moments are taken of each row, and the scale is pointwise. Where a plan leaves all the parts together after
 all, they are fused again, unless that would raise the graph's peak.
 """
@@ -60,7 +60,7 @@ def _split(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.No
 def _call(origin: fx.Node, graph: fx.Graph, part: str, *call: object) -> fx.Node:
     target, *args = call
     node = graph.create_node("call_function", target, tuple(args), name=f"{origin.name}_{part}")  # type: ignore[arg-type]
-    node.meta = dict(origin.meta)
+    node.meta = {"origin": origin.name, **origin.meta}
     node.meta["val"] = evaluate(node)
     return node
 

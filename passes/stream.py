@@ -3,7 +3,8 @@
 Groups are chosen by estimate, built, and held against the liveness of what was built; where a body needs more than
 was estimated, the choice is made again with what is now known. Where no choice of loops meets the budget, or a lower
 one is wanted, the whole graph is first cut along an axis that runs through nearly all of it (the batch, as a rule), and
-the body of that outer loop is streamed in turn.
+the body of that outer loop is streamed in turn. Where time may be spent for memory, large values that are live where
+memory is still too high are computed again for their late uses, and the graph so changed is streamed once more.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from fxstream.loop import SlicedLoop
 from fxstream.passes.candidates import Candidate, find_candidates, whole
 from fxstream.passes.cost import CostModel, cost_model
 from fxstream.passes.grouping import Group, Grouping, lengths_of
 from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
 from fxstream.passes.program import Program
+from fxstream.passes.recompute import recompute
 from fxstream.passes.runs import find_runs
 from fxstream.passes.slicing import Slicer
 from fxstream.passes.split_norms import split_norms
@@ -42,6 +45,12 @@ SLACK = 1.01
 
 ROUNDS = 8
 
+HIGH_SHARE = 0.9
+"""Below the lowest peak reached, values are computed again that are live where this share of it is."""
+
+MOST_WORK = 2.0
+"""Recomputing makes a graph do at most so many times the operations."""
+
 
 @dataclass(frozen=True)
 class Streamed:
@@ -54,12 +63,83 @@ class Streamed:
     inner: dict[Group, Streamed] = field(default_factory=dict)
 
 
-def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = MOST_OUTER) -> Streamed:
+def stream(
+    graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool = False, most_outer: int = MOST_OUTER
+) -> Streamed:
     """Rewrite a normalized graph until its peak is within ``budget`` bytes (over its weights and inputs).
 
-    ``None`` asks for the lowest reachable. Where the budget can't be met, the result is the lowest reached. Outer loops
-    make at most ``most_outer`` bodies, all together.
+    ``None`` asks for the lowest reachable. Where the budget can't be met, the result is the lowest reached. With
+    ``allow_recompute`` values may be computed twice, where the budget can't be met without. Outer loops make at most
+    ``most_outer`` bodies, all together.
     """
+    best = latest = _stream(graph_module, budget, allow_recompute, most_outer)
+    for _ in range(ROUNDS if allow_recompute else 0):
+        if budget is not None and best.after.peak_bytes <= budget:
+            break
+        limit = HIGH_SHARE * latest.after.peak_bytes if budget is None else budget
+        changed = recompute(latest.program, _held_above(latest, limit))
+        if changed is None or Program(changed).total_flops > MOST_WORK * Program(graph_module).total_flops:
+            break
+        latest = _stream(changed, budget, allow_recompute, most_outer)
+        if latest.after.peak_bytes < best.after.peak_bytes:
+            best = latest
+    return best
+
+
+def _held_above(streamed: Streamed, limit: float) -> set[int]:
+    """Large storages of a program, by index, that a streamed graph holds where more than ``limit`` bytes are live."""
+    program, after, held = streamed.program, streamed.after, set()
+    names = {value.node.name: (index, index) for index, value in enumerate(program.values)}
+    names |= {f"loop_{number}": (group.start, group.end) for number, group in enumerate(streamed.groups)}
+    for name, live in zip(after.nodes, after.live_bytes, strict=True):
+        start, end = names.get(name, (0, -1))
+        for index, storage in enumerate(program.liveness.storages) if live > limit else ():
+            across = storage.birth <= end and storage.death >= start and not start <= storage.birth <= storage.death <= end
+            if storage.bytes >= LARGE_SHARE * after.peak_bytes and (across or start == end == storage.birth):
+                held.add(index)
+    return held
+
+
+def _stream(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
+    """``stream`` of a graph as it is, but for the bodies of outer loops."""
+    found = _loops(graph_module, budget, allow_recompute, most_outer)
+    return _deepened(found, budget, allow_recompute) if most_outer else found
+
+
+def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> Streamed:
+    """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak."""
+    for _ in range(ROUNDS):
+        peak = streamed.after.peak_bytes
+        if budget is not None and peak <= budget:
+            break
+        limit = HIGH_SHARE * peak if budget is None else budget
+        live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
+        names = {f"loop_{number}": group for number, group in enumerate(streamed.groups)}
+        hot = [name for name, group in names.items() if live[name] > limit and group not in streamed.inner]
+        lowered = [_stream_bodies(streamed, each, names[each], live[each] - limit, allow_recompute) for each in hot]
+        if not any(lowered):
+            break
+        streamed = replace(streamed, after=profile(streamed.graph_module))
+    return streamed
+
+
+def _stream_bodies(streamed: Streamed, name: str, group: Group, excess: float, allow_recompute: bool) -> bool:
+    """Stream the bodies of one loop, to hold ``excess`` bytes less; whether that lowered the peak of them all."""
+    loop = streamed.graph_module.get_submodule(name)
+    assert isinstance(loop, SlicedLoop)
+    graphs = loop.graphs()
+    peaks = {each: profile(body).peak_bytes for each, body in graphs.items()}
+    target = max(1, int(max(peaks.values()) - excess))
+    inner = {each: stream(body, target, allow_recompute, most_outer=0) for each, body in graphs.items() if peaks[each] > target}
+    lowered = max(each.after.peak_bytes for each in inner.values()) < max(peaks.values())
+    if lowered:
+        loop.bodies.update({each: found.graph_module for each, found in inner.items()})
+        streamed.inner[group] = max(inner.values(), key=lambda found: found.after.peak_bytes)
+    return lowered
+
+
+def _loops(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
+    """Loops side by side, or one around nearly all of the graph and more inside it."""
     before = profile(graph_module)
     if budget is not None and before.peak_bytes <= budget:
         return Streamed(graph_module, (), Program(graph_module), before)
@@ -68,7 +148,7 @@ def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = M
     outer = _outer(program, before.peak_bytes, most_outer)
     found = []
     if budget is None and outer is not None:
-        found.append(_nested(program, outer, costs, None, most_outer))
+        found.append(_nested(program, outer, costs, None, allow_recompute, most_outer))
         if found[0].after.peak_bytes <= GOOD_SHARE * before.peak_bytes:
             return found[0]
     candidates = _candidates(program, range(len(program)))
@@ -83,7 +163,7 @@ def stream(graph_module: fx.GraphModule, budget: int | None, most_outer: int = M
             found.append(_flat(program, grouping, budget))
             if found[0].after.peak_bytes <= budget:
                 return found[0]
-        found.append(_nested(program, outer, costs, budget, most_outer))
+        found.append(_nested(program, outer, costs, budget, allow_recompute, most_outer))
     return min(found, key=lambda streamed: streamed.after.peak_bytes)
 
 
@@ -126,18 +206,28 @@ def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slic
             best = found
         if found.after.peak_bytes <= target:
             break
+        for group in groups:
+            grouping.avoid_larger(group)
     assert best is not None
     return best
 
 
-def _nested(program: Program, outer: Candidate, costs: CostModel, budget: int | None, most_outer: int) -> Streamed:
+def _nested(
+    program: Program,
+    outer: Candidate,
+    costs: CostModel,
+    budget: int | None,
+    allow_recompute: bool,
+    most_outer: int,
+) -> Streamed:
     """One loop around nearly all of the graph, its body streamed in turn, beside the loops that the rest needs."""
     slicer = Slicer(program)
     group = Group(outer, lengths_of(outer.run.extent, outer.run.extent))
     bodies = slicer.loop(group).module.bodies
     [(name, body)] = bodies.items()
     assert isinstance(body, fx.GraphModule)
-    inner = stream(body, None if budget is None else max(budget - outer.fixed_bytes, 1), most_outer // outer.run.extent)
+    left = None if budget is None else max(budget - outer.fixed_bytes, 1)
+    inner = stream(body, left, allow_recompute, most_outer // outer.run.extent)
     bodies[name] = inner.graph_module
     outside = [index for index in range(len(program)) if not outer.start <= index <= outer.end]
     grouping = Grouping(program, _candidates(program, outside), costs)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from fxstream.loop import Output, Slice, SlicedLoop
+from fxstream.loop import Output, Slice, SlicedLoop, Step
 
 
 def indices(piece: Slice, start: int, length: int) -> torch.Tensor:
@@ -62,6 +62,21 @@ def output(piece: Slice, like: torch.Tensor, over: int | None = None) -> Output:
     return Output(piece, tuple(like.shape), like.stride(), like.dtype, like.device, over)
 
 
+def loop_of(lengths, inputs, outputs, bodies) -> SlicedLoop:
+    """A loop that reads and writes the same steps everywhere; ``bodies`` by length."""
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    steps = [
+        Step(
+            length,
+            str(length),
+            tuple(None if piece is None else (start, length) for piece in inputs),
+            (start,) * len(outputs),
+        )
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    return SlicedLoop(steps, inputs, outputs, {str(length): body for length, body in bodies.items()})
+
+
 def traced(function) -> fx.GraphModule:
     return fx.symbolic_trace(function)
 
@@ -71,11 +86,11 @@ def test_ragged_slices(lengths):
     x, weight = torch.randn(7, 5), torch.randn(5, 3)
     expected = (x @ weight).relu()
     body = traced(lambda x, weight: ((x @ weight).relu(),))
-    loop = SlicedLoop(lengths, [Slice(0, 7), None], [output(Slice(0, 7), expected)], dict.fromkeys(lengths, body))
+    loop = loop_of(lengths, [Slice(0, 7), None], [output(Slice(0, 7), expected)], dict.fromkeys(lengths, body))
     (found,) = loop(x, weight)
     assert torch.allclose(found, expected)
     assert found.stride() == expected.stride()
-    assert set(loop.graphs()) == set(lengths)
+    assert set(loop.graphs()) == {str(length) for length in lengths}
     assert str(lengths) in repr(loop)
 
 
@@ -93,7 +108,7 @@ def test_each_length_runs_its_own_body():
             runs.append((self.length, len(x)))
             return (x + 1,)
 
-    loop = SlicedLoop(lengths, [Slice(0, 8)], [output(Slice(0, 8), x)], {3: Body(3), 2: Body(2)})
+    loop = loop_of(lengths, [Slice(0, 8)], [output(Slice(0, 8), x)], {3: Body(3), 2: Body(2)})
     assert torch.equal(loop(x)[0], x + 1)
     assert runs == [(3, 3), (3, 3), (2, 2)]
 
@@ -114,7 +129,7 @@ def test_an_axis_inside_a_merged_dimension():
             return ((window + shift[:, None, None]).flatten(0, 2), shift * 2)
 
     outputs = [output(along, expected), output(Slice(0, frames), shift)]
-    loop = SlicedLoop(lengths, [along, Slice(0, frames)], outputs, dict.fromkeys(lengths, Body()))
+    loop = loop_of(lengths, [along, Slice(0, frames)], outputs, dict.fromkeys(lengths, Body()))
     found, twice = loop(x, shift)
     assert torch.allclose(found, expected)
     assert torch.equal(twice, shift * 2)
@@ -126,7 +141,7 @@ def test_an_axis_that_moves_to_another_dimension():
     lengths = (4, 2)
     body = traced(lambda x: (x.t() * 2, x.sum(1)))
     outputs = [output(Slice(1, 6), (x.t() * 2).contiguous()), output(Slice(0, 6), x.sum(1))]
-    doubled, total = SlicedLoop(lengths, [Slice(0, 6)], outputs, dict.fromkeys(lengths, body))(x)
+    doubled, total = loop_of(lengths, [Slice(0, 6)], outputs, dict.fromkeys(lengths, body))(x)
     assert torch.equal(doubled, x.t() * 2) and doubled.is_contiguous()
     assert torch.allclose(total, x.sum(1))
 
@@ -139,7 +154,7 @@ def test_an_output_over_an_input(offset):
     expected = (x * 3 + 1).t()
     lengths = (1, 2, 3)
     body = traced(lambda x: ((x * 3 + 1).t(),))
-    loop = SlicedLoop(lengths, [Slice(0, 6)], [output(Slice(1, 6), x.t(), over=0)], dict.fromkeys(lengths, body))
+    loop = loop_of(lengths, [Slice(0, 6)], [output(Slice(1, 6), x.t(), over=0)], dict.fromkeys(lengths, body))
     (found,) = loop(x)
     assert torch.equal(found, expected)
     assert (found.data_ptr(), found.stride()) == (x.data_ptr(), x.t().stride())
@@ -150,13 +165,34 @@ def test_one_tensor_read_whole_and_in_slices():
     x = torch.randn(6, 4)
     lengths = (4, 2)
     body = traced(lambda part, whole: (part @ whole.t(),))
-    loop = SlicedLoop(lengths, [Slice(0, 6), None], [output(Slice(0, 6), x @ x.t())], dict.fromkeys(lengths, body))
+    loop = loop_of(lengths, [Slice(0, 6), None], [output(Slice(0, 6), x @ x.t())], dict.fromkeys(lengths, body))
     assert torch.allclose(loop(x, x)[0], x @ x.t(), atol=1e-6)
+
+
+def test_windows_wider_than_what_is_stored():
+    """A sum of neighbours, two slices of five: each reads one step more on either side that has one."""
+    x = torch.randn(10, 3)
+    padded = torch.cat([x.new_zeros(1, 3), x, x.new_zeros(1, 3)])
+    expected = padded[:-2] + padded[2:]
+    first = traced(lambda x: (torch.nn.functional.pad(x, (0, 0, 1, 0))[:-2] + x[1:],))
+    last = traced(lambda x: (x[:-1] + torch.nn.functional.pad(x, (0, 0, 0, 1))[2:],))
+    steps = [Step(5, "first", ((0, 6),), (0,)), Step(5, "last", ((4, 6),), (5,))]
+    loop = SlicedLoop(steps, [Slice(0, 10)], [output(Slice(0, 10), x)], {"first": first, "last": last})
+    assert torch.equal(loop(x)[0], expected)
+
+
+def test_an_input_of_another_layout_is_not_written_over():
+    x = torch.randn(6, 4)
+    over = Output(Slice(0, 6), (6, 4), (4, 1), x.dtype, x.device, over=0, over_stride=(1, 6))
+    loop = loop_of((3, 3), [Slice(0, 6)], [over], {3: traced(lambda x: (x + 1,))})
+    before = x.clone()
+    assert torch.equal(loop(x)[0], before + 1)
+    assert torch.equal(x, before)
 
 
 def test_the_number_of_arguments_is_checked():
     x = torch.randn(2)
-    loop = SlicedLoop((2,), [Slice(0, 2)], [output(Slice(0, 2), x)], {2: traced(lambda x: (x + 1,))})
+    loop = loop_of((2,), [Slice(0, 2)], [output(Slice(0, 2), x)], {2: traced(lambda x: (x + 1,))})
     with pytest.raises(ValueError, match="zip"):
         loop(x, x)
 
