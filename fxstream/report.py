@@ -54,6 +54,7 @@ class Plan:
 
     ``barriers`` are the operators without a rule that axes stop at. ``seconds`` maps "capture" and "planning" to the
     time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
+    ``added_flops`` are the floating point operations of values that are computed again.
     """
 
     before: MemoryProfile
@@ -62,6 +63,7 @@ class Plan:
     barriers: tuple[Barrier, ...]
     budget_bytes: int | None
     seconds: dict[str, float]
+    added_flops: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -88,7 +90,8 @@ class Plan:
             ("all", self.before.peak_bytes + held, self.after.peak_bytes + held),
         ]
         table = [[name, format_bytes(before), format_bytes(after)] for name, before, after in rows]
-        return tabulate(table, headers=["", "before", "after"], stralign="right")
+        again = f"\n\nValues computed again: {self.added_flops / 1e9:,.1f} GFLOP" if self.added_flops else ""
+        return tabulate(table, headers=["", "before", "after"], stralign="right") + again
 
     @staticmethod
     def holders_table(peak: MemoryProfile) -> str:
@@ -138,7 +141,8 @@ class Plan:
 def make_plan(before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
     """The plan that a streamed graph carries out."""
     groups = tuple(_groups(streamed, 0, 0))
-    return Plan(before, _unfolded(streamed), groups, barriers(streamed.program), budget_bytes, seconds)
+    after, blocked = _unfolded(streamed), barriers(streamed.program)
+    return Plan(before, after, groups, blocked, budget_bytes, seconds, streamed.added_flops)
 
 
 def _unfolded(streamed: Streamed) -> MemoryProfile:

@@ -341,6 +341,19 @@ def share_weights(graph_module: fx.GraphModule, module: nn.Module) -> None:
     graph_module.add_module(ROOT, module)
 
 
+def rebuilt(
+    source: fx.GraphModule, graph: fx.Graph, class_name: str, modules: Mapping[str, nn.Module] | None = None
+) -> fx.GraphModule:
+    """A graph module of another graph, over the attributes of ``source`` and further modules; weights are shared."""
+    names = {str(node.target) for node in source.graph.nodes if node.op in ("get_attr", "call_module")}
+    attributes = {name: operator.attrgetter(name)(source) for name in names}
+    made = fx.GraphModule({**attributes, **(modules or {})}, graph, class_name=class_name)
+    root = getattr(source, ROOT, None)
+    if root is not None:
+        share_weights(made, root)
+    return made
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the user's innermost submodule that made the node, "" at the top."""
     stack = node.meta.get("nn_module_stack") or {}

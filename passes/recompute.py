@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import fx
 
+from fxstream.passes.capture import rebuilt
 from fxstream.passes.program import Program
 from fxstream.passes.propagate import evaluate, fake_mode_of
 
@@ -42,7 +43,7 @@ def recompute(program: Program, storages: Iterable[int]) -> fx.GraphModule | Non
                 if closure is not None:
                     _Copies(program, storage, closure, graph, env).give(users)
                     changed = True
-    return fx.GraphModule(program.graph_module, graph, class_name="Recomputing") if changed else None
+    return rebuilt(program.graph_module, graph, "Recomputing") if changed else None
 
 
 def _late_uses(program: Program, storage: int) -> list[list[fx.Node]]:
@@ -104,4 +105,3 @@ class _Copies:
             copy.meta = {"origin": node.name, **node.meta, "val": evaluate(copy)}
             self.copied[node] = copy
         return self.copied[node]
-

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxstream.loop import Output, Slice, SlicedLoop, Step
 from fxstream.passes.axes import Span, with_arguments
-from fxstream.passes.capture import ROOT, share_weights
+from fxstream.passes.capture import rebuilt
 from fxstream.passes.grouping import Group
 from fxstream.passes.liveness import analyze
 from fxstream.passes.normalize import is_impure
@@ -56,7 +56,7 @@ class Slicer:
         source = self.program.graph_module
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
-        modules: dict[str, SlicedLoop] = {}
+        modules: dict[str, nn.Module] = {}
         moved: set[fx.Node] = set()  # nodes whose storages are not those of the program's
         by_start = {group.start: group for group in groups}
         done = -1
@@ -73,10 +73,7 @@ class Slicer:
             else:
                 self._copy(node, graph, env, moved)
         graph.eliminate_dead_code(is_impure)
-        sliced = fx.GraphModule({**_attributes(source), **modules}, graph, class_name="Streamed")
-        root = getattr(source, ROOT, None)
-        if root is not None:
-            share_weights(sliced, root)
+        sliced = rebuilt(source, graph, "Streamed", modules)
         fuse_norms(sliced)
         return sliced
 
@@ -125,12 +122,6 @@ class Loop:
         for step in self.module.steps:
             most[step.length] = max(most.get(step.length, 0), peaks[step.body])
         return most
-
-
-def _attributes(source: fx.GraphModule) -> dict[str, Any]:
-    """What the graph's nodes refer to by name."""
-    names = {str(node.target) for node in source.graph.nodes if node.op in ("get_attr", "call_module")}
-    return {name: operator.attrgetter(name)(source) for name in names}
 
 
 def _loop(program: Program, group: Group) -> Loop:

@@ -1,8 +1,8 @@
 """Split norms: a group norm over a large tensor as moments, statistics and a pointwise scale.
 
-Each part's ``meta["origin"]`` is the norm's name. Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
+Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
 parts can: moments are taken of each row, and the scale is pointwise. Where a plan leaves all the parts together after
-all, they are fused again, unless that would raise the graph's peak.
+all, they are fused again, unless that would raise the graph's peak. Each part's ``meta["origin"]`` is the norm's name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxstream.norm import group_moments, group_scale, group_statistics  # noqa: F401  (registers the operators)
+from fxstream.passes.capture import rebuilt
 from fxstream.passes.liveness import analyze, bytes_of
 from fxstream.passes.normalize import is_impure
 from fxstream.passes.propagate import evaluate, fake_mode_of
@@ -32,7 +33,7 @@ def split_norms(graph_module: fx.GraphModule, least: float) -> fx.GraphModule:
     with torch.no_grad(), fake_mode_of(source):
         for node in source.nodes:
             env[node] = _split(node, graph, env) if node in large else graph.node_copy(node, env.__getitem__)
-    return fx.GraphModule(graph_module, graph, class_name="Split")
+    return rebuilt(graph_module, graph, "Split")
 
 
 def _is_large_norm(node: fx.Node, least: float) -> bool:

@@ -22,6 +22,7 @@ from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
 from fxstream.passes.program import Program
 from fxstream.passes.recompute import recompute
 from fxstream.passes.runs import find_runs
+from fxstream.passes.schedule import schedule
 from fxstream.passes.slicing import Slicer
 from fxstream.passes.split_norms import split_norms
 
@@ -48,19 +49,29 @@ ROUNDS = 8
 HIGH_SHARE = 0.9
 """Below the lowest peak reached, values are computed again that are live where this share of it is."""
 
-MOST_WORK = 2.0
-"""Recomputing makes a graph do at most so many times the operations."""
+MOST_ADDED = 1.0
+"""Recomputing adds at most this share of a graph's operations."""
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """A rewritten graph: ``groups`` in schedule order; ``inner`` has what became of the bodies that were streamed."""
+    """A rewritten graph: ``groups`` in schedule order; ``inner`` has what became of the bodies that were streamed.
+
+    ``program`` is what was sliced; ``recomputed_flops`` are the operations in it that were not in the graph given.
+    """
 
     graph_module: fx.GraphModule
     groups: tuple[Group, ...]
     program: Program
     after: MemoryProfile
     inner: dict[Group, Streamed] = field(default_factory=dict)
+    recomputed_flops: int = 0
+
+    @property
+    def added_flops(self) -> int:
+        """Operations that recomputing adds, those in the slices of loops with it."""
+        inside = sum(found.added_flops * len(group.lengths) for group, found in self.inner.items())
+        return self.recomputed_flops + inside
 
 
 def stream(
@@ -73,14 +84,20 @@ def stream(
     ``most_outer`` bodies, all together.
     """
     best = latest = _stream(graph_module, budget, allow_recompute, most_outer)
-    for _ in range(ROUNDS if allow_recompute else 0):
+    if not allow_recompute:
+        return best
+    flops = Program(graph_module).total_flops
+    for _ in range(ROUNDS):
         if budget is not None and best.after.peak_bytes <= budget:
             break
         limit = HIGH_SHARE * latest.after.peak_bytes if budget is None else budget
         changed = recompute(latest.program, _held_above(latest, limit))
-        if changed is None or Program(changed).total_flops > MOST_WORK * Program(graph_module).total_flops:
+        if changed is None:
             break
-        latest = _stream(changed, budget, allow_recompute, most_outer)
+        added = Program(changed).total_flops - flops
+        if added > MOST_ADDED * flops:
+            break
+        latest = replace(_stream(changed, budget, allow_recompute, most_outer), recomputed_flops=added)
         if latest.after.peak_bytes < best.after.peak_bytes:
             best = latest
     return best
@@ -94,7 +111,9 @@ def _held_above(streamed: Streamed, limit: float) -> set[int]:
     for name, live in zip(after.nodes, after.live_bytes, strict=True):
         start, end = names.get(name, (0, -1))
         for index, storage in enumerate(program.liveness.storages) if live > limit else ():
-            across = storage.birth <= end and storage.death >= start and not start <= storage.birth <= storage.death <= end
+            across = (
+                storage.birth <= end and storage.death >= start and not start <= storage.birth <= storage.death <= end
+            )
             if storage.bytes >= LARGE_SHARE * after.peak_bytes and (across or start == end == storage.birth):
                 held.add(index)
     return held
@@ -123,17 +142,21 @@ def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> 
     return streamed
 
 
-def _stream_bodies(streamed: Streamed, name: str, group: Group, excess: float, allow_recompute: bool) -> bool:
+def _stream_bodies(streamed: Streamed, loop_name: str, group: Group, excess: float, allow_recompute: bool) -> bool:
     """Stream the bodies of one loop, to hold ``excess`` bytes less; whether that lowered the peak of them all."""
-    loop = streamed.graph_module.get_submodule(name)
+    loop = streamed.graph_module.get_submodule(loop_name)
     assert isinstance(loop, SlicedLoop)
     graphs = loop.graphs()
-    peaks = {each: profile(body).peak_bytes for each, body in graphs.items()}
+    peaks = {name: profile(body).peak_bytes for name, body in graphs.items()}
     target = max(1, int(max(peaks.values()) - excess))
-    inner = {each: stream(body, target, allow_recompute, most_outer=0) for each, body in graphs.items() if peaks[each] > target}
+    inner = {
+        each: stream(body, target, allow_recompute, most_outer=0)
+        for each, body in graphs.items()
+        if peaks[each] > target
+    }
     lowered = max(each.after.peak_bytes for each in inner.values()) < max(peaks.values())
     if lowered:
-        loop.bodies.update({each: found.graph_module for each, found in inner.items()})
+        loop.bodies.update({name: found.graph_module for name, found in inner.items()})
         streamed.inner[group] = max(inner.values(), key=lambda found: found.after.peak_bytes)
     return lowered
 
@@ -143,7 +166,7 @@ def _loops(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bo
     before = profile(graph_module)
     if budget is not None and before.peak_bytes <= budget:
         return Streamed(graph_module, (), Program(graph_module), before)
-    program = Program(split_norms(graph_module, LARGE_SHARE * before.peak_bytes))
+    program = Program(split_norms(schedule(graph_module), LARGE_SHARE * before.peak_bytes))
     costs = _costs(program)
     outer = _outer(program, before.peak_bytes, most_outer)
     found = []
