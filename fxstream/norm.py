@@ -71,6 +71,7 @@ def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: 
         if shift is not None:
             tile.add_(shift)
         out[where] = tile
+        del tile
     return out
 
 
