@@ -6,7 +6,7 @@ This file imports torch alone: a rewritten graph needs nothing else of fxstream 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -78,6 +78,17 @@ class Output:
         return target.as_strided(self.shape, self.stride, target.storage_offset())
 
 
+def _places(tensor: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """The addresses of a tensor's elements: the first, and (stride, size) from the innermost dimension out."""
+    steps: list[tuple[int, int]] = []
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and steps and stride == steps[-1][0] * steps[-1][1]:
+            steps[-1] = steps[-1][0], steps[-1][1] * size
+        elif size > 1:
+            steps.append((stride, size))
+    return int(tensor.storage_offset()), steps
+
+
 class SlicedLoop(nn.Module):
     """Runs ``bodies[length]`` for each of ``lengths``, which sum to the axis' extent.
 
@@ -99,7 +110,7 @@ class SlicedLoop(nn.Module):
         self.bodies = nn.ModuleDict({str(length): body for length, body in bodies.items()})
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outs = tuple(output.allocate(tensors) for output in self.outputs)
+        outs = tuple(self._allocate(output, tensors) for output in self.outputs)
         start = 0
         for length in self.lengths:
             windows = [
@@ -111,6 +122,20 @@ class SlicedLoop(nn.Module):
             del parts, part
             start += length
         return outs
+
+    def _allocate(self, output: Output, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Where an output is written: over its input, unless a kernel has laid that out otherwise than was foreseen.
+
+        Then a slice would be written over what later ones have yet to read.
+        """
+        out = output.allocate(tensors)
+        if output.over is None:
+            return out
+        target, piece = tensors[output.over], self.inputs[output.over]
+        ends = (0, output.slice.extent - 1)
+        if piece and all(_places(piece.window(target, i, 1)) == _places(output.slice.window(out, i, 1)) for i in ends):
+            return out
+        return replace(output, over=None).allocate(tensors)
 
     def graphs(self) -> Mapping[int, fx.GraphModule]:
         """The bodies, by the length of their slices."""

@@ -146,6 +146,21 @@ def test_an_output_over_an_input(offset):
     assert torch.equal(x, expected.t())
 
 
+def test_an_input_laid_out_otherwise_than_planned_is_not_written_over():
+    """By rows where columns were foreseen: the first column of the result would lie over most of the input's rows."""
+    x = torch.randn(6, 4)
+    planned = torch.randn(4, 6).t()
+    lengths = (2, 2)
+    body = traced(lambda x: (x * 3 + 1,))
+    loop = SlicedLoop(lengths, [Slice(1, 4)], [output(Slice(1, 4), planned, over=0)], dict.fromkeys(lengths, body))
+    expected = x * 3 + 1
+    (found,) = loop(x)
+    assert torch.equal(found, expected)
+    assert found.stride() == planned.stride()
+    (over,) = loop(x.t().contiguous().t())
+    assert torch.equal(over, expected)
+
+
 def test_one_tensor_read_whole_and_in_slices():
     x = torch.randn(6, 4)
     lengths = (4, 2)
