@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv test fuzz lint format demo bench table clean
+.PHONY: venv test fuzz lint format demo bench table table-pipeline clean
 
 venv: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: venv
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table
+
+# PIPELINES="svd svd-xt animatediff" for others than svd.
+table-pipeline: venv
+	$(BIN)/python -m fxstream.tools.pipeline_table $(PIPELINES)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

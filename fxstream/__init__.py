@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxstream.api import optimize, plan
+    from fxstream.api import optimize, plan, restore
     from fxstream.errors import CaptureError, FxstreamError, GradientError, MemoryBudgetError
     from fxstream.module import StreamedModule
+    from fxstream.pipeline_plan import PipelinePlan
     from fxstream.report import Plan
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "FxstreamError",
     "GradientError",
     "MemoryBudgetError",
+    "PipelinePlan",
     "Plan",
     "StreamedModule",
     "optimize",
     "plan",
+    "restore",
 ]
 
 _HOME = {
@@ -27,10 +30,12 @@ _HOME = {
     "FxstreamError": "errors",
     "GradientError": "errors",
     "MemoryBudgetError": "errors",
+    "PipelinePlan": "pipeline_plan",
     "Plan": "report",
     "StreamedModule": "module",
     "optimize": "api",
     "plan": "api",
+    "restore": "api",
 }
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
-from fxstream.budget import Budget, format_bytes
+from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import MemoryBudgetError
 from fxstream.module import StreamedModule
-from fxstream.passes.capture import Captured, capture
+from fxstream.passes.capture import Captured, Inputs, capture
 from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
 from fxstream.passes.stream import stream
@@ -21,40 +22,57 @@ from fxstream.report import Plan, make_plan
 
 @dataclass(frozen=True)
 class Compiled:
-    """A planned call: the rewritten graph, how to call it, and the plan that it carries out."""
+    """A planned call: the rewritten graph, how to call it, and the plan that it carries out.
+
+    ``resident`` is what was held beside it when it was planned, where that is more than the graph's own weights.
+    """
 
     captured: Captured
     graph_module: fx.GraphModule
     plan: Plan
+    resident: Resident | None = None
 
 
 def plan(
-    model: Callable[..., Any],
+    model: Any,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     memory_budget: str | int | float = "min",
     allow_recompute: bool = False,
-) -> Plan:
-    """Plan one call of a module, or of a bound method of one. Runs nothing, changes nothing.
+    **call: Any,
+) -> Any:
+    """Plan one call of a module, or of a bound method of one. Runs nothing, changes nothing. Returns a ``Plan``.
 
     ``args`` and ``kwargs`` are example inputs; they and the weights may be fake or on the meta device.
     ``memory_budget`` and ``allow_recompute`` are as for ``optimize``.
 
+    A diffusers pipeline is planned for the call with the arguments ``call``, such as ``height``, ``width`` and
+    ``num_frames``: a ``PipelinePlan``. Without any, it is what an optimized pipeline has planned so far.
+
     Raises ``ValueError`` (the budget can't be read, the inputs don't fit the model's signature), ``CaptureError`` (the
     model can't be captured as one graph) and ``MemoryBudgetError`` (no plan meets the budget).
     """
-    return compile_call(model, args, kwargs or {}, Budget.parse(memory_budget), allow_recompute).plan
+    budget = Budget.parse(memory_budget)
+    if is_pipeline(model):
+        from fxstream.pipeline import plan_pipeline
+
+        keywords = {"memory_budget": memory_budget, "allow_recompute": allow_recompute}
+        return plan_pipeline(model, keywords, _named(args, kwargs, call))
+    _refuse(call, "plan", model)
+    return compile_call(model, args, kwargs or {}, budget, allow_recompute).plan
 
 
 def optimize(
-    model: Callable[..., Any],
+    model: Any,
     memory_budget: str | int | float,
     example_args: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     allow_recompute: bool = False,
-) -> StreamedModule:
+    resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
+    **call: Any,
+) -> Any:
     """A module that stands where ``model`` stood, and computes the same within a memory budget.
 
     ``memory_budget`` is all that a call may hold (weights, inputs and activations) as ``"6GiB"`` or an int of bytes;
@@ -64,16 +82,65 @@ def optimize(
 
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
+
+    ``resident``, given a call's input tensors, says what the device holds beside them and the activations; by itself a
+    module is taken to be alone there with the weights that the call uses.
+
+    A diffusers pipeline is changed in place and returned: its denoisers, and what its VAE offers of ``encode`` and
+    ``decode``, become stages, each of which may hold ``memory_budget`` together with the other components. With
+    ``call``, arguments of the pipeline's call such as ``height``, ``width`` and ``num_frames``, all stages are planned
+    now. ``restore`` undoes it.
     """
     budget = Budget.parse(memory_budget)
+    if is_pipeline(model):
+        from fxstream.pipeline import optimize_pipeline
+
+        keywords = {"memory_budget": memory_budget, "allow_recompute": allow_recompute}
+        return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call))
+    _refuse(call, "optimize", model)
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
-        return compile_call(model, args, kwargs, budget, allow_recompute)
+        held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
+        return compile_call(model, args, kwargs, budget, allow_recompute, held)
 
-    streamed = StreamedModule(model, compiler)
+    def fits(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> bool:
+        if resident is None or compiled.resident is None or budget.total_bytes is None:
+            return True
+        held, made = resident(tensors).bytes, compiled.plan
+        return held <= max(compiled.resident.bytes, budget.total_bytes - made.input_bytes - made.after.peak_bytes)
+
+    streamed = StreamedModule(model, compiler, fits)
     if example_args is not None or example_kwargs is not None:
         streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
     return streamed
+
+
+def restore(pipeline: Any) -> Any:
+    """Give a pipeline back the components, and their own memory switches, that ``optimize`` replaced; returns it."""
+    if not is_pipeline(pipeline):
+        raise TypeError(f"expected a pipeline, got {type(pipeline).__name__}: a streamed module's model is as it was")
+    from fxstream.pipeline import restore_pipeline
+
+    return restore_pipeline(pipeline)
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether this is a pipeline as diffusers has them: something to call that is made of components."""
+    return callable(model) and not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), dict)
+
+
+def _named(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call."""
+    if args:
+        raise TypeError("the arguments of a pipeline's call are given by name: height=, width=, num_frames= ...")
+    return {**(kwargs or {}), **call}
+
+
+def _refuse(call: Mapping[str, Any], function: str, model: Any) -> None:
+    for name in call:
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument {name!r}: a {type(model).__name__} is no pipeline"
+        )
 
 
 def compile_call(
@@ -82,6 +149,7 @@ def compile_call(
     kwargs: Mapping[str, Any],
     budget: Budget,
     allow_recompute: bool = False,
+    resident: Resident | None = None,
 ) -> Compiled:
     """Capture, plan and rewrite one call."""
     began = time.perf_counter()
@@ -89,7 +157,7 @@ def compile_call(
     graph_module = normalize(captured.graph_module)
     planning = time.perf_counter()
     before = profile(graph_module)
-    held = before.weight_bytes + before.input_bytes
+    held = (before.weight_bytes if resident is None else resident.bytes) + int(before.input_bytes)
     allowed = budget.activation_bytes(before.peak_bytes, held)
     streamed = stream(graph_module, allowed, allow_recompute)
     failed = allowed is not None and streamed.after.peak_bytes > allowed
@@ -99,17 +167,19 @@ def compile_call(
     made = make_plan(before, streamed, allowed, seconds)
     if failed:
         assert allowed is not None
-        raise _budget_error(made, budget, allowed, held)
-    return Compiled(captured, streamed.graph_module, made)
+        raise _budget_error(made, budget, allowed, held, resident)
+    return Compiled(captured, streamed.graph_module, made, resident)
 
 
-def _budget_error(made: Plan, budget: Budget, allowed: int, held: int) -> MemoryBudgetError:
+def _budget_error(made: Plan, budget: Budget, allowed: int, held: int, resident: Resident | None) -> MemoryBudgetError:
     account = "activations alone" if budget.share is not None else "weights, inputs and activations"
     extra = 0 if budget.share is not None else held
     lowest = made.after.peak_bytes + extra
     largest = made.after.holders[0] if made.after.holders else None
     where = made.after.nodes[made.after.peak_index]
-    message = (
+    stage = resident.stage if resident else ""
+    message = f"{stage}: " if stage else ""
+    message += (
         f"the budget of {format_bytes(allowed + extra)} for {account} can't be met; the lowest reachable is "
         f"{format_bytes(lowest)} ({lowest} bytes). It is reached at {where}"
     )
@@ -118,9 +188,16 @@ def _budget_error(made: Plan, budget: Budget, allowed: int, held: int) -> Memory
         message += f" ({format_bytes(largest.bytes)})"
     if extra and held >= allowed + extra:
         message += f". Weights and inputs alone hold {format_bytes(held)}"
+    elif stage and extra:
+        message += f". Beside its activations the pipeline holds {format_bytes(held)}"
     message += (
         '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'
     )
     return MemoryBudgetError(
-        message, budget_bytes=allowed + extra, lowest_bytes=lowest, holders=made.after.holders, plan=made
+        message,
+        budget_bytes=allowed + extra,
+        lowest_bytes=lowest,
+        holders=made.after.holders,
+        plan=made,
+        stage=stage,
     )

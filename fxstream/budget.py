@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -49,6 +50,27 @@ class Budget:
         if self.share is not None:
             return int(self.share * peak_bytes)
         return None if self.total_bytes is None else self.total_bytes - held_bytes
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What the device holds while a call runs, over its inputs and activations.
+
+    ``weights`` maps each component of a pipeline to the bytes of its weights; ``other_bytes`` are those of tensors that
+    the pipeline keeps for later. ``stage`` is what errors call the call.
+    """
+
+    stage: str
+    weights: Mapping[str, int]
+    other_bytes: int = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.other_bytes
 
 
 def _bytes(text: str) -> int:

@@ -25,11 +25,15 @@ class MemoryBudgetError(FxstreamError):
     """No plan within the budget was found.
 
     ``lowest_bytes`` is the lowest budget that was reached, by the same account as ``budget_bytes``;
-    ``holders`` are the tensors that hold the peak there; ``plan`` is the plan that reaches it.
+    ``holders`` are the tensors that hold the peak there; ``plan`` is the plan that reaches it. Of a pipeline these are
+    those of the stage that needs most, which ``stage`` names (``"vae.decode"``; "" for a module by itself).
     """
 
-    def __init__(self, message: str, *, budget_bytes: int, lowest_bytes: int, holders: Any, plan: Any) -> None:
+    def __init__(
+        self, message: str, *, budget_bytes: int, lowest_bytes: int, holders: Any, plan: Any, stage: str = ""
+    ) -> None:
         super().__init__(message)
+        self.stage = stage
         self.budget_bytes = budget_bytes
         self.lowest_bytes = lowest_bytes
         self.holders = holders

@@ -24,6 +24,7 @@ MOST_ALIKE = 4
 """Plans for calls that differ in a Python number alone, after which one more draws a warning."""
 
 Compiler = Callable[[Sequence[Any], Mapping[str, Any]], "Compiled"]
+Check = Callable[["Compiled", Sequence[torch.Tensor]], bool]
 
 _SHARED = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
@@ -52,7 +53,7 @@ class StreamedModule(nn.Module):
     It can't be copied or pickled: copy the model and optimize the copy.
     """
 
-    def __init__(self, model: Callable[..., Any], compiler: Compiler) -> None:
+    def __init__(self, model: Callable[..., Any], compiler: Compiler, fits: Check = lambda compiled, tensors: True):
         super().__init__()
         module, _ = owner(model)
         self.__dict__["_original"] = module
@@ -61,6 +62,7 @@ class StreamedModule(nn.Module):
         for name in _SHARED:
             self.__dict__[name] = getattr(module, name)
         self._compiler = compiler
+        self._fits = fits
         self._compiled: dict[Any, Compiled] = {}
         self._configuration = Configuration(module)
         self._configurations: dict[Any, int] = {}
@@ -137,9 +139,10 @@ class StreamedModule(nn.Module):
         devices = {tensor.device.type for tensor in inputs.tensors}
         key = (inputs.key(), state, *(_autocast(device) for device in sorted(devices)))
         compiled = self._compiled.get(key)
-        if compiled is None:
+        if compiled is None or not self._fits(compiled, inputs.tensors):
             compiled = self._compiler(args, kwargs)
-            self._warn_of_numbers(key)
+            if key not in self._compiled:
+                self._warn_of_numbers(key)
             self._compiled[key] = compiled
         return compiled
 
@@ -205,7 +208,8 @@ for _name in _FORWARDED:
 
 
 def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)

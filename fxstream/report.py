@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def input_bytes(self) -> int:
-        return self.before.input_bytes
+        return int(self.before.input_bytes)  # torch keeps the size of a view's storage as a symbol
 
     def __str__(self) -> str:
         parts = [self.summary(), "Held at the peak after:\n" + self.holders_table(self.after)]

@@ -2,113 +2,14 @@
 
 import pytest
 import torch
-from diffusers import (
-    AnimateDiffPipeline,
-    AutoencoderKL,
-    AutoencoderKLTemporalDecoder,
-    DDIMScheduler,
-    DiffusionPipeline,
-    EulerDiscreteScheduler,
-    StableVideoDiffusionPipeline,
-    UNetMotionModel,
-    UNetSpatioTemporalConditionModel,
-)
-from PIL import Image
+from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import fxstream
+from tests.fxstream.pipelines import animatediff
 
-TEXT = 16  # channels of a text or image embedding
 BUDGET = 0.6
-
-
-def randomized(model):
-    """Random values also where initialisation leaves zeros and ones, which would hide a mistake."""
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("mix_factor"):
-            parameter.data.normal_()
-        elif not parameter.any() or (parameter == 1).all():
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
-    return model.eval()
-
-
-def svd_pipeline():
-    unet = UNetSpatioTemporalConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        layers_per_block=1,
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24,
-        cross_attention_dim=TEXT,
-        num_attention_heads=(2, 4),
-        num_frames=4,
-    )
-    vae = AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=TEXT,
-        projection_dim=TEXT,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=TEXT,
-        image_size=224,  # which the pipeline resizes to
-        patch_size=56,
-    )
-    pipeline = StableVideoDiffusionPipeline(
-        vae=vae.eval(),
-        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
-        unet=randomized(unet),
-        scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True),
-        feature_extractor=CLIPImageProcessor(),
-    )
-    pixels = torch.randint(256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return pipeline, {
-        "image": Image.fromarray(pixels.numpy()),
-        "height": 48,
-        "width": 64,
-        "num_frames": 4,
-        "output_type": "latent",
-    }
-
-
-def animatediff_pipeline():
-    unet = UNetMotionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        layers_per_block=1,
-        cross_attention_dim=TEXT,
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2)
-    pipeline = AnimateDiffPipeline(
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=randomized(unet),
-        motion_adapter=None,
-        scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
-    )
-    embeds = torch.randn(2, 1, 7, TEXT, generator=torch.Generator().manual_seed(1))
-    return pipeline, {
-        "prompt_embeds": embeds[0],
-        "negative_prompt_embeds": embeds[1],
-        "height": 16,
-        "width": 24,
-        "num_frames": 4,
-        "output_type": "latent",
-    }
-
-
-PIPELINES = {"svd": svd_pipeline, "animatediff": animatediff_pipeline}
+PIPELINES = {"animatediff": animatediff}  # whole pipelines: test_pipeline.py
 
 
 class Case:
@@ -125,7 +26,7 @@ class Case:
         self.plans = self.streamed.plans
 
     def generate(self, **changes):
-        inputs = {**self.inputs, "num_inference_steps": 2, **changes}
+        inputs = {**self.inputs, "num_inference_steps": 2, "output_type": "latent", **changes}
         return self.pipeline(**inputs, generator=torch.Generator().manual_seed(2)).frames
 
 
