@@ -66,8 +66,8 @@ def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: 
     sizes, cell = (input.shape[0], *input.shape[2:-1]), input.shape[1] * input.shape[-1]
     for samples, *steps in _tiles(sizes, cell):
         where = (samples, slice(None), *steps)
-        tile = input[where] - mean[samples]
-        tile.mul_(scale[samples])
+        tile = input[where].to(mean.dtype, copy=True)
+        tile.sub_(mean[samples]).mul_(scale[samples])
         if shift is not None:
             tile.add_(shift)
         out[where] = tile

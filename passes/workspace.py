@@ -188,12 +188,20 @@ def group_moments(out: Tensor, input: Tensor, groups: int) -> int:
     return tile_elements(input.shape) * out.element_size() * (1 if input.dtype == out.dtype else 2)
 
 
+@workspace(torch.ops.fxstream.group_statistics.default, anywhere=True)
+def group_statistics(out: Tensor, moments: Tensor, count: int, eps: float) -> int:
+    """The moments in float64, and the deviations of the means."""
+    return 12 * moments.numel() + 8 * out[0].numel()
+
+
 @workspace(torch.ops.fxstream.group_scale.default, anywhere=True)
 def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
-    """A mean and a scale a channel, and a tile in the statistics' type."""
+    """A mean and a scale a channel, in the statistics' type as a tile is; the bias cast to it."""
     channels = 2 * input.shape[0] * input.shape[1]
     if weight is not None:
         channels += input.shape[0] * input.shape[1]
+    if bias is not None and bias.dtype != statistics.dtype:
+        channels += bias.numel()
     return (channels + tile_elements(input.shape)) * statistics.element_size()
 
 
