@@ -10,6 +10,7 @@ from fxstream.tools.measure import measure_peak
 
 GIB = 2**30
 NAMES = list(catalogue.CATALOGUE)
+UNETS = [name for name, entry in catalogue.CATALOGUE.items() if entry.method == "forward"]
 
 # Bytes of the published weights in float16.
 PARAMETER_GIB = {
@@ -18,6 +19,9 @@ PARAMETER_GIB = {
     "animatediff-unet": 2.45,
     "modelscope-unet": 2.63,
     "i2vgenxl-unet": 2.65,
+    "svd-vae": 0.182,
+    "sd-vae": 0.156,
+    "sd-vae-encode": 0.156,
 }
 
 LATENTS = {
@@ -26,7 +30,15 @@ LATENTS = {
     "animatediff-unet": (2, 4, 16, 72, 128),
     "modelscope-unet": (2, 4, 16, 40, 72),
     "i2vgenxl-unet": (2, 4, 16, 88, 160),
+    "svd-vae": (14, 4, 72, 128),
+    "sd-vae": (16, 4, 72, 128),
+    "sd-vae-encode": (16, 3, 576, 1024),
 }
+
+
+def module_of(model):
+    """The module itself, of one that is called by another method than forward."""
+    return getattr(model, "__self__", model)
 
 
 def frame_dim(name):
@@ -42,14 +54,14 @@ def test_import_is_cheap():
 def test_published_models_build_without_memory(name):
     measured = measure_peak(catalogue.build, name)
     model, args, kwargs = measured.result
-    parameters = list(model.parameters())
+    parameters = list(module_of(model).parameters())
     tensors = [value for value in [*parameters, *args, *kwargs.values()] if isinstance(value, torch.Tensor)]
     assert all(isinstance(tensor, FakeTensor) for tensor in tensors)
     assert measured.peak_bytes < 2**20
     assert {parameter.dtype for parameter in parameters} == {torch.float16}
     assert sum(parameter.nbytes for parameter in parameters) / GIB == pytest.approx(PARAMETER_GIB[name], rel=0.01)
     assert args[0].shape == LATENTS[name]
-    assert not model.training
+    assert not module_of(model).training
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -64,7 +76,7 @@ def test_published_models_take_other_shapes():
     assert output.shape == (1, 7, 4, 40, 64)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", UNETS)
 def test_small_models_mix_frames(name):
     model, args, kwargs = catalogue.small(name)
     latents = args[0]
@@ -81,7 +93,7 @@ def test_small_models_mix_frames(name):
         assert change.norm() > 0.01 * frame.norm()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", UNETS)
 def test_small_models_run_at_other_shapes(name):
     model, args, kwargs = catalogue.small(name, frames=7, height=24, width=40, seed=3)
     with torch.no_grad():
@@ -91,6 +103,22 @@ def test_small_models_run_at_other_shapes(name):
         expected[2] = 4
     assert list(output.shape) == expected
     assert output.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["svd-vae", "sd-vae"])
+def test_small_decoders_make_frames(name):
+    decode, args, kwargs = catalogue.small(name, frames=3, height=4, width=6, batch=1)
+    with torch.no_grad():
+        (output,) = decode(*args, **kwargs)
+    assert output.shape == (3, 3, 32, 48)
+    assert output.std() > 0.01
+
+
+def test_small_encoder():
+    encode, args, kwargs = catalogue.small("sd-vae-encode", frames=3, height=4, width=6, batch=1)
+    with torch.no_grad():
+        (output,) = encode(*args, **kwargs)
+    assert output.mean.shape == (3, 4, 4, 6)
 
 
 def test_small_models_in_half_precision():
@@ -114,7 +142,7 @@ def test_seed_decides_and_leaves_the_global_generator_alone():
 @pytest.mark.parametrize("name", NAMES)
 def test_small_models_have_no_constant_weights(name):
     model, _, _ = catalogue.small(name)
-    constant = [key for key, value in model.named_parameters() if value.numel() > 1 and value.std() == 0]
+    constant = [key for key, value in module_of(model).named_parameters() if value.numel() > 1 and value.std() == 0]
     assert constant == []
 
 
