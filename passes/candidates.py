@@ -21,7 +21,7 @@ from fxstream.passes.program import Program
 from fxstream.passes.ranges import infer_ranges, stored_part
 from fxstream.passes.runs import Run
 
-MOST_CUTS = 12
+MOST_CUTS = 8
 """Ends of a run that are considered as first and as last nodes of a group: those with the fewest bytes live there."""
 
 

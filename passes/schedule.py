@@ -7,11 +7,12 @@ allows, where that holds fewer bytes; and, node by node, that which adds least t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import fx
 
 from fxstream.passes.capture import rebuilt
-from fxstream.passes.liveness import Liveness, analyze, profile
+from fxstream.passes.liveness import Liveness, analyze
 from fxstream.passes.normalize import is_impure
 
 
@@ -23,13 +24,28 @@ def schedule(graph_module: fx.GraphModule) -> fx.GraphModule:
     liveness = analyze(graph_module)
     if any(is_impure(node) for node in liveness.schedule):
         return graph_module
-    best, peak = graph_module, max(liveness.live_bytes(), default=0)
-    for order in (_late(liveness), _greedy(liveness)):
-        found = _reordered(graph_module, order)
-        lower = profile(found).peak_bytes
-        if lower < peak:
-            best, peak = found, lower
-    return best
+    own = list(liveness.schedule)
+    best = min((own, _late(liveness), _greedy(liveness)), key=lambda order: _peak_bytes(liveness, order))
+    return graph_module if best is own else _reordered(graph_module, best)
+
+
+def _peak_bytes(liveness: Liveness, order: Sequence[fx.Node]) -> int:
+    """The peak of the schedule in another order."""
+    position = {node: index for index, node in enumerate(order)}
+    transient = dict(zip(liveness.schedule, liveness.transient, strict=True))
+    birth: dict[int, int] = {}
+    death: dict[int, int] = {}
+    for index, node in enumerate(order):
+        last = max((position.get(user, len(order)) for user in node.users), default=index)
+        for storage in liveness.of[node]:
+            birth.setdefault(storage, index)
+            death[storage] = max(death.get(storage, 0), last)
+    changes = [0] * (len(order) + 2)
+    for storage, index in birth.items():
+        changes[index] += liveness.storages[storage].bytes
+        changes[death[storage] + 1] -= liveness.storages[storage].bytes
+    live = accumulate(changes)
+    return max((held + transient[node] for held, node in zip(live, order, strict=False)), default=0)
 
 
 def _late(liveness: Liveness) -> list[fx.Node]:
