@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench table table-pipeline clean
+.PHONY: venv browser test fuzz lint format demo bench table table-pipeline pictures clean
 
 venv: $(STAMP)
 
@@ -60,6 +60,10 @@ table: venv
 # PIPELINES="svd svd-xt animatediff" for others than svd.
 table-pipeline: venv
 	$(BIN)/python -m fxstream.tools.pipeline_table $(PIPELINES)
+
+# The manual's pictures, of the plan as it is made now.
+pictures: browser
+	$(BIN)/python -m fxstream.tools.pictures
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -136,11 +136,14 @@ def _is_pipeline(path: Path) -> bool:
 
 
 def _check_device(device: str, fake: bool) -> None:
+    """Fake tensors need no device, but a torch that was built for it."""
     import torch
 
+    from fxstream.tools.catalogue import building
+
     try:
-        torch.empty(0, device="meta" if fake else device)
-        torch.device(device)
+        with building(device, fake):
+            torch.empty(1).uniform_()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} can't be used here ({one_line(error)}); try --device cpu") from None
 

@@ -52,14 +52,7 @@ def test_report_of_a_published_model():
     assert places == sorted(places)
     assert "transformer_in" in done.stdout
     assert done.stdout.count("└") == 2
-    first, second = done.stderr.splitlines()[-2:]
-    assert first.startswith("building modelscope-unet ...")
-    assert second.startswith("capturing and planning ...")
-
-
-def test_quiet(capsys):
-    assert main(["inspect", FEEDFORWARD, "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
