@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TypeVar
 
 from tabulate import tabulate
@@ -27,7 +27,8 @@ class PlannedGroup:
     """One sliced loop of a plan.
 
     ``name`` is that of its node in the rewritten graph, after those of the loops around it: ``"loop_0/loop_7"``.
-    ``first`` and ``last`` are node names, ``module_path`` the innermost of the user's modules around both. The axis
+    ``first`` and ``last`` are node names, ``spans`` where its nodes are in the schedule before, as runs of positions
+    (first, last), and ``module_path`` the innermost of the user's modules around both. The axis
     is the dimension of ``first`` that is cut: its ``extent`` steps run as ``slices`` slices, of ``lengths`` steps.
     ``bytes_before`` and ``bytes_after`` are the most that is live while the group runs, whole and sliced. ``depth`` is
     1 inside another loop's body. ``code`` is the body of the first slice as Python.
@@ -36,6 +37,7 @@ class PlannedGroup:
     name: str
     first: str
     last: str
+    spans: tuple[tuple[int, int], ...]
     module_path: str
     axis: str
     extent: int
@@ -142,7 +144,8 @@ class Plan:
 
 def make_plan(before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
     """The plan that a streamed graph carries out."""
-    groups = tuple(_groups(streamed, (), 0))
+    position = {name: index for index, name in enumerate(before.nodes)}
+    groups = tuple(_groups(streamed, position, (), 0))
     after, blocked = _unfolded(streamed), barriers(streamed.program)
     return Plan(before, after, groups, blocked, budget_bytes, seconds, streamed.added_flops)
 
@@ -180,8 +183,13 @@ def _spliced(values: tuple[T, ...], at: int, inner: tuple[T, ...]) -> tuple[T, .
     return (*values[:at], *inner, *values[at + 1 :])
 
 
-def _groups(streamed: Streamed, around: tuple[str, ...], outside: int) -> Iterator[PlannedGroup]:
-    """The groups of a graph inside the loops ``around`` it, which hold ``outside`` bytes; each, then its body's."""
+def _groups(
+    streamed: Streamed, position: Mapping[str, int], around: tuple[str, ...], outside: int
+) -> Iterator[PlannedGroup]:
+    """The groups of a graph inside the loops ``around`` it, which hold ``outside`` bytes; each, then its body's.
+
+    ``position`` is that of each node in the schedule before.
+    """
     live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
     for number, group in enumerate(streamed.groups):
         name = f"loop_{number}"
@@ -190,18 +198,29 @@ def _groups(streamed: Streamed, around: tuple[str, ...], outside: int) -> Iterat
         assert isinstance(loop, SlicedLoop)
         body = next(iter(loop.graphs().values()))
         path = (*around, name)
-        yield _planned(streamed, group, path, outside, after, body.code)
+        yield _planned(streamed, group, position, path, outside, after, body.code)
         if group in streamed.inner:
             inner = streamed.inner[group]
-            yield from _groups(inner, path, outside + after - inner.after.peak_bytes)
+            yield from _groups(inner, position, path, outside + after - inner.after.peak_bytes)
 
 
 def _planned(
-    streamed: Streamed, group: Group, loops: tuple[str, ...], outside: int, after: int, code: str
+    streamed: Streamed,
+    group: Group,
+    position: Mapping[str, int],
+    loops: tuple[str, ...],
+    outside: int,
+    after: int,
+    code: str,
 ) -> PlannedGroup:
     program, start, end = streamed.program, group.start, group.end
     inside = [index for index in range(start, end + 1) if index in group.run.slices]
     first, last = program.values[inside[0]].node, program.values[inside[-1]].node
+    positions = {
+        position[name]
+        for node in (program.values[index].node for index in inside)
+        if (name := node.name if node.name in position else node.meta.get("origin")) in position
+    }
     piece = group.run.slices[inside[0]]
     axis = f"dim {piece.dim}: {piece.extent}"
     if piece.outer > 1 or piece.inner > 1:
@@ -212,6 +231,7 @@ def _planned(
         name="/".join(loops),
         first=first.meta.get("origin", first.name),
         last=last.meta.get("origin", last.name),
+        spans=tuple(_runs(positions)),
         module_path=".".join(names[0] for names in shared),
         axis=axis,
         extent=group.run.extent,
@@ -221,3 +241,10 @@ def _planned(
         depth=len(loops) - 1,
         code=code,
     )
+
+
+def _runs(positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive positions, as (first, last)."""
+    for _, run in groupby(enumerate(sorted(positions)), key=lambda pair: pair[1] - pair[0]):
+        found = [position for _, position in run]
+        yield found[0], found[-1]

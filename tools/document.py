@@ -41,7 +41,13 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
         "before": _profile(plan.before),
         "after": _profile(plan.after),
         "groups": [
-            {**asdict(group), "lengths": list(group.lengths), "slices": group.slices, "code": code[group.name]}
+            {
+                **asdict(group),
+                "spans": list(map(list, group.spans)),
+                "lengths": list(group.lengths),
+                "slices": group.slices,
+                "code": code[group.name],
+            }
             for group in plan.groups
         ],
         "barriers": [asdict(barrier) for barrier in plan.barriers],

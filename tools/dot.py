@@ -57,11 +57,11 @@ def to_dot(compiled: Compiled) -> str:
 
 def _loops_of(nodes: tuple[str, ...], groups: tuple[PlannedGroup, ...]) -> dict[str, tuple[str, ...]]:
     """The loops around each node, from the outermost in."""
-    position = {name: index for index, name in enumerate(nodes)}
     around: list[tuple[str, ...]] = [()] * len(nodes)
     for group in groups:
-        for index in range(position[group.first], position[group.last] + 1):
-            around[index] = (*around[index], group.name)
+        for first, last in group.spans:
+            for index in range(first, last + 1):
+                around[index] = (*around[index], group.name)
     return dict(zip(nodes, around, strict=True))
 
 

@@ -5,7 +5,7 @@ Arithmetic is the same whole or in slices, and left out: estimates compare plans
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -69,11 +69,9 @@ def _steps(
 
 
 def _slices(loop: SlicedLoop, costs: CostModel, loops: tuple[str, ...], outside: int) -> Iterator[tuple[Step, ...]]:
-    bodies: Mapping[int, fx.GraphModule] = loop.graphs()
     priced = {
-        key: tuple(_steps(body, costs, loops, outside, max(analyze(body).live_bytes(), default=0)))
-        for key, body in bodies.items()
+        name: tuple(_steps(body, costs, loops, outside, max(analyze(body).live_bytes(), default=0)))
+        for name, body in loop.graphs().items()
     }
-    first = next(iter(priced.values()))
-    for length in loop.lengths:
-        yield priced.get(length, first)
+    for step in loop.steps:
+        yield priced[step.body]

@@ -14,7 +14,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxstream.budget import format_bytes
-from fxstream.loop import Slice, SlicedLoop
+from fxstream.loop import Slice, SlicedLoop, Step
 from fxstream.passes.capture import ROOT, module_path
 from fxstream.passes.liveness import analyze, tensors_of
 
@@ -51,9 +51,10 @@ def loop_of(graph_module: fx.GraphModule, node: fx.Node) -> SlicedLoop:
     return loop
 
 
-def first_body(loop: SlicedLoop) -> fx.GraphModule:
-    """The body of a loop's first slice; other bodies do the same at other sizes."""
-    return next(iter(loop.graphs().values()))
+def typical(loop: SlicedLoop) -> tuple[Step, fx.GraphModule]:
+    """The slice in the middle of a loop, which no border clips, and its body. Others do the same at other sizes."""
+    step = loop.steps[len(loop.steps) // 2]
+    return step, loop.graphs()[step.body]
 
 
 def _loop_listings(graph_module: fx.GraphModule, names: Names, around: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -61,7 +62,7 @@ def _loop_listings(graph_module: fx.GraphModule, names: Names, around: tuple[str
         if node.op == "call_module":
             loop, path = loop_of(graph_module, node), (*around, node.name)
             yield "/".join(path), "\n".join(_loop(node, loop, names, len(around), expand=False)) + "\n"
-            yield from _loop_listings(first_body(loop), _inner_names(node, loop, names, len(around)), path)
+            yield from _loop_listings(typical(loop)[1], _inner_names(node, loop, names, len(around)), path)
 
 
 def _names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
@@ -83,7 +84,7 @@ def _result(call: fx.Node, position: int) -> str:
 
 def _inner_names(call: fx.Node, loop: SlicedLoop, names: Names, depth: int) -> dict[fx.Node, str]:
     """How the nodes of a loop's body are written: what it gets whole as outside."""
-    body = first_body(loop)
+    _, body = typical(loop)
     inner = _names(body)
     for placeholder, argument, piece in zip(_placeholders(body), _arguments(call), loop.inputs, strict=True):
         inner[placeholder] = names[argument] if piece is None else f"{placeholder.name}_{VARIABLES[depth]}"
@@ -136,7 +137,8 @@ def _body(graph_module: fx.GraphModule, names: Names, depth: int, path: str, exp
 
 def _loop(call: fx.Node, loop: SlicedLoop, names: Names, depth: int, expand: bool = True) -> Iterator[str]:
     """A loop: its outputs, the windows that its body reads, the body, and what is stored."""
-    variable, body, inner = VARIABLES[depth], first_body(loop), _inner_names(call, loop, names, depth)
+    variable, inner = VARIABLES[depth], _inner_names(call, loop, names, depth)
+    step, body = typical(loop)
     for position, output in enumerate(loop.outputs):
         size = f"{'x'.join(map(str, output.shape))} {_name(output.dtype)}"
         if output.over is None:
@@ -144,9 +146,10 @@ def _loop(call: fx.Node, loop: SlicedLoop, names: Names, depth: int, expand: boo
         else:
             yield f"{_result(call, position)} = {names[_arguments(call)[output.over]]}  # {size}, written over it"
     yield f"for {variable} in slices({_runs(loop.lengths)}):"
-    for placeholder, argument, piece in zip(_placeholders(body), _arguments(call), loop.inputs, strict=True):
-        if piece is not None:
-            window = _window(names[argument], piece, variable)
+    inputs = zip(_placeholders(body), _arguments(call), loop.inputs, step.reads, strict=True)
+    for placeholder, argument, piece, read in inputs:
+        if piece is not None and read is not None:
+            window = _window(names[argument], piece, f"{variable}{_halo(loop, step, piece, read)}")
             yield f"{INDENT}{inner[placeholder]} = {window}  # {_layout(placeholder)}"
     for line in _body(body, inner, depth + 1, module_path(call) if expand else "", expand):
         yield INDENT + line
@@ -157,6 +160,16 @@ def _loop(call: fx.Node, loop: SlicedLoop, names: Names, depth: int, expand: boo
 def _runs(lengths: tuple[int, ...]) -> str:
     """Lengths of slices, equal ones together: ``"4 x 3, 2 x 2"``."""
     return ", ".join(f"{lengths.count(length)} x {length}" for length in dict.fromkeys(lengths))
+
+
+def _halo(loop: SlicedLoop, step: Step, piece: Slice, read: tuple[int, int]) -> str:
+    """By how much a window is wider than the slice: ``" with 1 before, 1 after"``; its steps where they are others."""
+    start, length = read
+    if piece.extent != loop.outputs[0].slice.extent:
+        return f" ({length} of {piece.extent})"
+    before, after = step.writes[0] - start, start + length - step.writes[0] - step.length
+    wider = [f"{count} {where}" for count, where in ((before, "before"), (after, "after")) if count]
+    return f" with {', '.join(wider)}" if wider else ""
 
 
 def _window(name: str, piece: Slice, variable: str) -> str:

@@ -74,9 +74,8 @@ def _schedule(axes: Axes, found: Document, which: str, title: str, colour: str, 
     )
     index = {node["name"]: position for position, node in enumerate(profile["nodes"])}
     for group in found["groups"]:
-        first, last = _span(group, which, index)
-        if first is not None and last is not None:
-            low = -0.03 * (1.6 * group["depth"] + 1.6)
+        low = -0.03 * (1.6 * group["depth"] + 1.6)
+        for first, last in _spans(group, which, index):
             axes.add_patch(_bar(first, last, low, axes))
     axes.set_title(title, loc="left", fontsize=10)
     axes.set(xlim=(0, max(len(live), 1)), ylabel=unit)
@@ -87,14 +86,14 @@ def _schedule(axes: Axes, found: Document, which: str, title: str, colour: str, 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _span(group: dict[str, Any], which: str, index: dict[str, int]) -> tuple[int | None, int | None]:
-    """First and last position of a loop in a schedule."""
+def _spans(group: dict[str, Any], which: str, index: dict[str, int]) -> list[tuple[int, int]]:
+    """The first and last positions of a loop's parts in a schedule."""
     if which == "before":
-        return index.get(group["first"]), index.get(group["last"])
+        return group["spans"]
     if group["name"] in index:
-        return index[group["name"]], index[group["name"]]
+        return [(index[group["name"]], index[group["name"]])]
     inside = [position for name, position in index.items() if name.startswith(group["name"] + "/")]
-    return (inside[0], inside[-1]) if inside else (None, None)
+    return [(inside[0], inside[-1])] if inside else []
 
 
 def _bar(first: int, last: int, low: float, axes: Axes) -> Any:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 # Help and errors of usage come at once: what needs torch is imported by the command that runs, so the names of the
 # catalogue stand here once more.
-NAMES = ("svd-unet", "svd-xt-unet", "animatediff-unet", "modelscope-unet", "i2vgenxl-unet")
+UNETS = ("svd-unet", "svd-xt-unet", "animatediff-unet", "modelscope-unet", "i2vgenxl-unet")
+NAMES = (*UNETS, "svd-vae", "sd-vae", "sd-vae-encode")
 
 FORMS = "a name of `fxstream models`, a diffusers folder or config.json, or package.module:function"
 
@@ -149,6 +150,8 @@ def _check_device(device: str, fake: bool) -> None:
 
 
 def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
+    import torch
+
     from fxstream.tools import catalogue
 
     entry = catalogue.CATALOGUE[name]
@@ -160,8 +163,9 @@ def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
     else:
         shape = replace(entry.shape, **size.given())
         made = catalogue.build(name, **asdict(shape), dtype=dtype, device=size.device, fake=fake)
-    model, args, kwargs = made
-    return Target(name, model, _method(model, entry.method), args, kwargs, shape, _steps(model))
+    call, args, kwargs = made
+    model = call if isinstance(call, torch.nn.Module) else call.__self__
+    return Target(name, model, call, args, kwargs, shape, _steps(model))
 
 
 def _moved(made: Any, device: str) -> Any:

@@ -8,7 +8,7 @@ def test_a_frame_for_each_loop_and_a_box_for_each_module(nested):
     assert dot.startswith("digraph plan {")
     assert dot.count("{") == dot.count("}")
     for group in nested.compiled.plan.groups:
-        assert dot.count(f'subgraph "cluster_{group.name}"') == 1
+        assert f'subgraph "cluster_{group.name}"' in dot
     for path in filter(None, set(nested.compiled.plan.before.module_paths)):
         assert f'label="{path}\\n' in dot
 
