@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -13,6 +13,12 @@ from fxstream.budget import format_bytes
 from fxstream.passes.capture import module_path
 from fxstream.passes.liveness import bytes_of
 from fxstream.report import PlannedGroup
+
+MOST_BOXES = 300
+"""Beyond these, modules within one another share a box: a picture of more can't be read, nor is it soon laid out."""
+
+QUICKLY = "splines=line; nslimit=1; nslimit1=1; mclimit=0.5;"
+"""Graphviz's own settings for a large graph: without, it takes minutes."""
 
 
 @dataclass
@@ -31,28 +37,45 @@ def to_dot(compiled: Compiled) -> str:
     plan, graph = compiled.plan, compiled.captured.graph_module.graph
     live = dict(zip(plan.before.nodes, plan.before.live_bytes, strict=True))
     loops = _loops_of(plan.before.nodes, plan.groups)
-    boxes: list[Box] = []
-    box_of: dict[fx.Node, Box] = {}
-    for node in graph.nodes:
-        if node.name not in live:
-            continue
-        path, around = module_path(node), loops[node.name]
-        if not boxes or (boxes[-1].module_path, boxes[-1].loops) != (path, around):
-            boxes.append(Box(f"box_{len(boxes)}", path, around))
-        box = box_of[node] = boxes[-1]
-        operator = str(node.target).removeprefix("aten.").removesuffix(".default")
-        box.operators[operator] = box.operators.get(operator, 0) + 1
-        box.live_bytes = max(box.live_bytes, live[node.name])
+    nodes = [node for node in graph.nodes if node.name in live]
+    deepest = max((module_path(node).count(".") + 1 for node in nodes), default=1)
+    for depth in range(deepest, 0, -1):
+        box_of = _boxes(nodes, live, loops, depth)
+        boxes = list({box.name: box for box in box_of.values()}.values())
+        if len(boxes) <= MOST_BOXES:
+            break
     edges: dict[tuple[str, str], int] = {}
     for node, box in box_of.items():
         for read in node.all_input_nodes:
             if read in box_of and box_of[read] is not box:
                 ends = (box_of[read].name, box.name)
                 edges[ends] = max(edges.get(ends, 0), bytes_of(read.meta["val"]))
-    lines = ["digraph plan {", '  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
+    lines = [
+        "digraph plan {",
+        f"  {QUICKLY}",
+        '  node [shape=box, fontname="sans-serif"];',
+        '  edge [fontname="sans-serif"];',
+    ]
     lines += _clusters(boxes, {group.name: group for group in plan.groups})
     lines += [f"  {a} -> {b} [label={_quoted(format_bytes(size))}];" for (a, b), size in edges.items()]
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def _boxes(
+    nodes: Sequence[fx.Node], live: Mapping[str, int], loops: Mapping[str, tuple[str, ...]], depth: int
+) -> dict[fx.Node, Box]:
+    """The box of each node, modules told by the first ``depth`` names of their paths."""
+    box_of: dict[fx.Node, Box] = {}
+    box = None
+    for node in nodes:
+        path, around = ".".join(module_path(node).split(".")[:depth]), loops[node.name]
+        if box is None or (box.module_path, box.loops) != (path, around):
+            box = Box(f"box_{len(box_of)}", path, around)
+        box_of[node] = box
+        operator = str(node.target).removeprefix("aten.").removesuffix(".default")
+        box.operators[operator] = box.operators.get(operator, 0) + 1
+        box.live_bytes = max(box.live_bytes, live[node.name])
+    return box_of
 
 
 def _loops_of(nodes: tuple[str, ...], groups: tuple[PlannedGroup, ...]) -> dict[str, tuple[str, ...]]:

@@ -165,7 +165,7 @@ def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
         made = catalogue.build(name, **asdict(shape), dtype=dtype, device=size.device, fake=fake)
     call, args, kwargs = made
     model = call if isinstance(call, torch.nn.Module) else call.__self__
-    return Target(name, model, call, args, kwargs, shape, _steps(model))
+    return Target(name, model, call, args, kwargs, shape, _steps(model, call))
 
 
 def _moved(made: Any, device: str) -> Any:
@@ -201,14 +201,15 @@ def _configured(path: Path, size: Size, component: str | None, fake: bool) -> Ta
         entry = next((e for e in CATALOGUE.values() if e.class_path.endswith(f":{kind.__name__}")), None)
         method = _inspected_method(model, entry)
         shape = replace(entry.shape if entry else _shape(model.config, method), **size.given())
-        if entry is not None:
+        if entry is not None and method == "forward":  # an autoencoder's latent depends on its levels
             args, kwargs = entry.inputs(model.config, shape, dtype)
         else:
             from fxstream.tools.inputs import example_inputs
 
             (args, kwargs), shape = example_inputs(model, method, shape, dtype, one_frame=size.frames is None)
     name = file.parent.name if file.name == MODEL else file.stem
-    return Target(name or kind.__name__, model, _method(model, method), args, kwargs, shape, _steps(model))
+    call = _method(model, method)
+    return Target(name or kind.__name__, model, call, args, kwargs, shape, _steps(model, call))
 
 
 def _inspected_method(model: torch.nn.Module, entry: Entry | None) -> str:
@@ -282,11 +283,13 @@ def _shape(config: Mapping[str, Any], method: str) -> Shape:
     return Shape(frames, rows, columns, batch=1 if method == "decode" else 2)
 
 
-def _steps(model: Any) -> Steps:
+def _steps(model: Any, call: Callable[..., Any]) -> Steps:
     """A UNet halves its latent at each level but the last, a transformer cuts it into patches."""
     from fxstream.tools.inputs import compression
 
     frames, pixels = compression(model)
+    if call is not model:  # an autoencoder
+        return Steps(frames, pixels)
     levels, patch = model.config.get("block_out_channels"), model.config.get("patch_size")
     patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
     return Steps(frames, pixels * (2 ** (len(levels) - 1) if levels else patch or 1))

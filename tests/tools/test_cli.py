@@ -261,7 +261,7 @@ def test_completion_in_bash(capsys, tmp_path, monkeypatch):
     (tmp_path / "svd.json").touch()
     assert {"inspect", "fit", "compare", "models", "env"} <= set(completed(script, "fxstream "))
     assert "--budget" in completed(script, "fxstream inspect --b")
-    assert set(completed(script, "fxstream inspect sv")) == {"svd-unet", "svd-xt-unet", "svd.json"}
+    assert set(completed(script, "fxstream inspect sv")) == {"svd-unet", "svd-xt-unet", "svd-vae", "svd.json"}
 
 
 def test_completion_in_zsh(capsys, tmp_path):

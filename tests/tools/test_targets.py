@@ -67,12 +67,12 @@ def test_a_small_model_runs():
     assert target.call(*target.args, **target.kwargs)[0].shape == (2, 4, 2, 8, 8)
 
 
-def test_a_method_that_the_catalogue_names(monkeypatch):
-    entry = catalogue.CATALOGUE["svd-unet"]
-    monkeypatch.setitem(catalogue.CATALOGUE, "svd-unet", catalogue.replace(entry, method="enable_forward_chunking"))
-    target = load("svd-unet", Size(frames=1, height=64, width=64))
-    assert target.call == target.model.enable_forward_chunking
-    assert target.kind == "UNetSpatioTemporalConditionModel.enable_forward_chunking"
+def test_a_method_that_the_catalogue_names():
+    target = load("svd-vae", Size(frames=1, height=64, width=64))
+    assert target.call == target.model.decode
+    assert target.kind == "AutoencoderKLTemporalDecoder.decode"
+    assert target.inputs() == ["z 1x4x8x8 float16"]
+    assert target.steps == targets.Steps(1, 8)
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "any file"])
