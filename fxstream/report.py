@@ -219,7 +219,7 @@ def _planned(
     positions = {
         position[name]
         for node in (program.values[index].node for index in inside)
-        if (name := node.name if node.name in position else node.meta.get("origin")) in position
+        if (name := node.name if node.name in position else str(node.meta.get("origin"))) in position
     }
     piece = group.run.slices[inside[0]]
     axis = f"dim {piece.dim}: {piece.extent}"

@@ -38,6 +38,7 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
         "budget_bytes": plan.budget_bytes,
         "weight_bytes": plan.weight_bytes,
         "input_bytes": plan.input_bytes,
+        "added_flops": plan.added_flops,
         "before": _profile(plan.before),
         "after": _profile(plan.after),
         "groups": [

@@ -20,7 +20,7 @@ def to_html(found: Document) -> str:
         "title": found["target"],
         "about": ", ".join(about),
         "fits": found["fits"],
-        **{key: found[key] for key in ("weight_bytes", "input_bytes", "groups", "barriers", "measured")},
+        **{key: found[key] for key in ("weight_bytes", "input_bytes", "groups", "barriers", "measured", "added_flops")},
         **{which: _columns(found[which], paths, dtypes) for which in ("before", "after")},
     }
     data |= {"paths": list(paths), "dtypes": list(dtypes)}

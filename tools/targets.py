@@ -165,7 +165,7 @@ def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
         made = catalogue.build(name, **asdict(shape), dtype=dtype, device=size.device, fake=fake)
     call, args, kwargs = made
     model = call if isinstance(call, torch.nn.Module) else call.__self__
-    return Target(name, model, call, args, kwargs, shape, _steps(model, call))
+    return Target(name, model, call, args, kwargs, shape, _steps(model, call is model))
 
 
 def _moved(made: Any, device: str) -> Any:
@@ -209,7 +209,7 @@ def _configured(path: Path, size: Size, component: str | None, fake: bool) -> Ta
             (args, kwargs), shape = example_inputs(model, method, shape, dtype, one_frame=size.frames is None)
     name = file.parent.name if file.name == MODEL else file.stem
     call = _method(model, method)
-    return Target(name or kind.__name__, model, call, args, kwargs, shape, _steps(model, call))
+    return Target(name or kind.__name__, model, call, args, kwargs, shape, _steps(model, call is model))
 
 
 def _inspected_method(model: torch.nn.Module, entry: Entry | None) -> str:
@@ -283,12 +283,12 @@ def _shape(config: Mapping[str, Any], method: str) -> Shape:
     return Shape(frames, rows, columns, batch=1 if method == "decode" else 2)
 
 
-def _steps(model: Any, call: Callable[..., Any]) -> Steps:
+def _steps(model: Any, is_forward: bool) -> Steps:
     """A UNet halves its latent at each level but the last, a transformer cuts it into patches."""
     from fxstream.tools.inputs import compression
 
     frames, pixels = compression(model)
-    if call is not model:  # an autoencoder
+    if not is_forward:  # an autoencoder
         return Steps(frames, pixels)
     levels, patch = model.config.get("block_out_channels"), model.config.get("patch_size")
     patch = patch[-1] if isinstance(patch, (list, tuple)) else patch

@@ -15,8 +15,9 @@ def test_it_is_the_plan(nested):
         assert tuple(node["live_bytes"] for node in found[which]["nodes"]) == profile.live_bytes
         assert found[which]["nodes"][found[which]["peak_index"]]["live_bytes"] == profile.peak_bytes
     assert [group["name"] for group in found["groups"]] == [group.name for group in plan.groups]
-    assert {group["depth"] for group in found["groups"]} == {0, 1}
+    assert {group["depth"] for group in found["groups"]} >= {0, 1}
     assert all(group["code"] for group in found["groups"])
+    assert found["added_flops"] == plan.added_flops
 
 
 def test_tensors_and_what_is_inside_a_node_make_what_is_live(nested):

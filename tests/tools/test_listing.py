@@ -28,7 +28,7 @@ def test_a_listing_for_each_loop(nested):
         code = listings[group.name]
         assert f"{group.slices} x " in code or len(set(group.lengths)) > 1
         if group.depth:
-            assert re.search(rf"^    {group.first} = ", code, re.MULTILINE), group.name
+            assert re.search(rf"^    {group.first}(_\w+)? = ", code, re.MULTILINE), group.name  # or its parts
     outer = listings["loop_0"]
     inner = next(name for name in listings if name.startswith("loop_0/")).removeprefix("loop_0/")
     assert f"    {inner} = {inner}(" in outer  # one line there
