@@ -76,7 +76,7 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def _model(quick: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _model(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A UNet of Stable Video Diffusion's structure; in full, some 5 s a forward on two cores."""
     if quick:
         return catalogue.small("svd-unet", frames=4, batch=1)

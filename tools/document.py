@@ -47,7 +47,7 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
                 "spans": list(map(list, group.spans)),
                 "lengths": list(group.lengths),
                 "slices": group.slices,
-                "code": code[group.name],
+                "code": code.get(group.name, group.code),
             }
             for group in plan.groups
         ],

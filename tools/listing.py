@@ -52,9 +52,18 @@ def loop_of(graph_module: fx.GraphModule, node: fx.Node) -> SlicedLoop:
 
 
 def typical(loop: SlicedLoop) -> tuple[Step, fx.GraphModule]:
-    """The slice in the middle of a loop, which no border clips, and its body. Others do the same at other sizes."""
-    step = loop.steps[len(loop.steps) // 2]
-    return step, loop.graphs()[step.body]
+    """One slice of a loop and its body, which stands for the others: they do the same at other sizes.
+
+    Where bodies have loops of their own, the body that needs most, as in the plan; else that of the slice in the
+    middle, which no border clips.
+    """
+    bodies = loop.graphs()
+    looped = {name: body for name, body in bodies.items() if any(node.op == "call_module" for node in body.graph.nodes)}
+    if not looped:
+        step = loop.steps[len(loop.steps) // 2]
+        return step, bodies[step.body]
+    most = max(looped, key=lambda name: max(analyze(looped[name]).live_bytes()))
+    return next(step for step in loop.steps if step.body == most), looped[most]
 
 
 def _loop_listings(graph_module: fx.GraphModule, names: Names, around: tuple[str, ...]) -> Iterator[tuple[str, str]]:
