@@ -7,14 +7,27 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv test fuzz lint format demo bench table table-pipeline clean
+.PHONY: venv browser test fuzz lint format demo bench table table-pipeline pictures clean
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[plot,test,dev]' --constraint constraints.txt
 	touch $@
+
+# A Chromium for the test of the page that `fxstream inspect --html` writes: the system's packages, as root or by sudo,
+# else playwright's own download. Without one that test is skipped, and says so.
+browser: venv
+	@$(BIN)/python -m fxstream.tools.browser || \
+	if command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
+	elif command -v apt-get > /dev/null && sudo -n true 2> /dev/null; then \
+	  sudo apt-get update -qq && sudo apt-get install -qq -y --no-install-recommends chromium; \
+	else \
+	  $(BIN)/playwright install chromium --only-shell; \
+	fi
+	@$(BIN)/python -m fxstream.tools.browser
 
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2
@@ -47,6 +60,10 @@ table: venv
 # PIPELINES="svd svd-xt animatediff" for others than svd.
 table-pipeline: venv
 	$(BIN)/python -m fxstream.tools.pipeline_table $(PIPELINES)
+
+# The manual's pictures, of the plan as it is made now.
+pictures: browser
+	$(BIN)/python -m fxstream.tools.pictures
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TypeVar
 
 from tabulate import tabulate
@@ -26,14 +26,18 @@ SHOWN_HOLDERS = 6
 class PlannedGroup:
     """One sliced loop of a plan.
 
-    ``first`` and ``last`` are node names, ``module_path`` the innermost of the user's modules around both. The axis
+    ``name`` is that of its node in the rewritten graph, after those of the loops around it: ``"loop_0/loop_7"``.
+    ``first`` and ``last`` are node names, ``spans`` where its nodes are in the schedule before, as runs of positions
+    (first, last), and ``module_path`` the innermost of the user's modules around both. The axis
     is the dimension of ``first`` that is cut: its ``extent`` steps run as ``slices`` slices, of ``lengths`` steps.
     ``bytes_before`` and ``bytes_after`` are the most that is live while the group runs, whole and sliced. ``depth`` is
     1 inside another loop's body. ``code`` is the body of the first slice as Python.
     """
 
+    name: str
     first: str
     last: str
+    spans: tuple[tuple[int, int], ...]
     module_path: str
     axis: str
     extent: int
@@ -140,7 +144,8 @@ class Plan:
 
 def make_plan(before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
     """The plan that a streamed graph carries out."""
-    groups = tuple(_groups(streamed, 0, 0))
+    position = {name: index for index, name in enumerate(before.nodes)}
+    groups = tuple(_groups(streamed, position, (), 0))
     after, blocked = _unfolded(streamed), barriers(streamed.program)
     return Plan(before, after, groups, blocked, budget_bytes, seconds, streamed.added_flops)
 
@@ -154,17 +159,22 @@ def _unfolded(streamed: Streamed) -> MemoryProfile:
         name, inner = f"loop_{number}", _unfolded(streamed.inner[group])
         at = profile.nodes.index(name)
         outside = profile.live_bytes[at] - inner.peak_bytes
-        holders, transient = profile.holders, profile.transient_bytes
-        if profile.peak_index == at:
-            holders = tuple(sorted((*holders, *inner.holders), key=lambda tensor: -tensor.bytes))
-            transient = inner.transient_bytes
+        longer = len(inner.nodes) - 1
+        around = (
+            replace(
+                tensor,
+                birth=tensor.birth + longer * (tensor.birth > at),
+                death=tensor.death + longer * (tensor.death >= at),
+            )
+            for tensor in profile.tensors
+        )
+        inside = (replace(tensor, birth=tensor.birth + at, death=tensor.death + at) for tensor in inner.tensors)
         profile = replace(
             profile,
             nodes=_spliced(profile.nodes, at, tuple(f"{name}/{node}" for node in inner.nodes)),
             module_paths=_spliced(profile.module_paths, at, inner.module_paths),
             live_bytes=_spliced(profile.live_bytes, at, tuple(outside + live for live in inner.live_bytes)),
-            holders=holders,
-            transient_bytes=transient,
+            tensors=tuple(sorted((*around, *inside), key=lambda tensor: tensor.birth)),
         )
     return profile
 
@@ -173,24 +183,44 @@ def _spliced(values: tuple[T, ...], at: int, inner: tuple[T, ...]) -> tuple[T, .
     return (*values[:at], *inner, *values[at + 1 :])
 
 
-def _groups(streamed: Streamed, depth: int, outside: int) -> Iterator[PlannedGroup]:
-    """The groups of a graph whose surroundings hold ``outside`` bytes, each followed by those of its body."""
+def _groups(
+    streamed: Streamed, position: Mapping[str, int], around: tuple[str, ...], outside: int
+) -> Iterator[PlannedGroup]:
+    """The groups of a graph inside the loops ``around`` it, which hold ``outside`` bytes; each, then its body's.
+
+    ``position`` is that of each node in the schedule before.
+    """
     live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
     for number, group in enumerate(streamed.groups):
-        after = live[f"loop_{number}"]
-        loop = streamed.graph_module.get_submodule(f"loop_{number}")
+        name = f"loop_{number}"
+        after = live[name]
+        loop = streamed.graph_module.get_submodule(name)
         assert isinstance(loop, SlicedLoop)
         body = next(iter(loop.graphs().values()))
-        yield _planned(streamed, group, depth, outside, after, body.code)
+        path = (*around, name)
+        yield _planned(streamed, group, position, path, outside, after, body.code)
         if group in streamed.inner:
             inner = streamed.inner[group]
-            yield from _groups(inner, depth + 1, outside + after - inner.after.peak_bytes)
+            yield from _groups(inner, position, path, outside + after - inner.after.peak_bytes)
 
 
-def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: int, code: str) -> PlannedGroup:
+def _planned(
+    streamed: Streamed,
+    group: Group,
+    position: Mapping[str, int],
+    loops: tuple[str, ...],
+    outside: int,
+    after: int,
+    code: str,
+) -> PlannedGroup:
     program, start, end = streamed.program, group.start, group.end
     inside = [index for index in range(start, end + 1) if index in group.run.slices]
     first, last = program.values[inside[0]].node, program.values[inside[-1]].node
+    positions = {
+        position[name]
+        for node in (program.values[index].node for index in inside)
+        if (name := node.name if node.name in position else str(node.meta.get("origin"))) in position
+    }
     piece = group.run.slices[inside[0]]
     axis = f"dim {piece.dim}: {piece.extent}"
     if piece.outer > 1 or piece.inner > 1:
@@ -198,14 +228,23 @@ def _planned(streamed: Streamed, group: Group, depth: int, outside: int, after: 
     paths = [module_path(program.values[index].node).split(".") for index in inside]
     shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
     return PlannedGroup(
+        name="/".join(loops),
         first=first.meta.get("origin", first.name),
         last=last.meta.get("origin", last.name),
+        spans=tuple(_runs(positions)),
         module_path=".".join(names[0] for names in shared),
         axis=axis,
         extent=group.run.extent,
         lengths=group.lengths,
         bytes_before=outside + max(program.live_bytes[start : end + 1]),
         bytes_after=outside + after,
-        depth=depth,
+        depth=len(loops) - 1,
         code=code,
     )
+
+
+def _runs(positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive positions, as (first, last)."""
+    for _, run in groupby(enumerate(sorted(positions)), key=lambda pair: pair[1] - pair[0]):
+        found = [position for _, position in run]
+        yield found[0], found[-1]

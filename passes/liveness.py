@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,28 +23,32 @@ from fxstream.passes.workspace import workspace_bytes
 
 @dataclass(frozen=True)
 class LiveTensor:
-    """A storage that is live at some node: ``bytes`` of it, made by ``node`` of the user's ``module_path``."""
+    """A storage that is live at some node: ``bytes`` of it, made by ``node`` of the user's ``module_path``.
+
+    It is live from position ``birth`` to position ``death`` of its profile's nodes, both included.
+    """
 
     node: str
     module_path: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
+    birth: int
+    death: int
 
 
 @dataclass(frozen=True)
 class MemoryProfile:
     """Memory along a graph's schedule, in bytes, over its weights and inputs.
 
-    ``live_bytes[i]`` is what is live during ``nodes[i]``. ``holders`` are the storages live at the peak, largest
-    first; ``transient_bytes`` is the rest of it: a kernel's workspace, or the inside of a sliced loop.
+    ``live_bytes[i]`` is what is live during ``nodes[i]``: those of ``tensors`` that live then, and a kernel's workspace
+    or the inside of a sliced loop. ``tensors`` are in the order of their birth.
     """
 
     nodes: tuple[str, ...]
     module_paths: tuple[str, ...]
     live_bytes: tuple[int, ...]
-    holders: tuple[LiveTensor, ...]
-    transient_bytes: int
+    tensors: tuple[LiveTensor, ...]
     weight_bytes: int
     input_bytes: int
 
@@ -55,6 +60,20 @@ class MemoryProfile:
     def peak_index(self) -> int:
         """Index into ``nodes`` of the first node at the peak."""
         return self.live_bytes.index(self.peak_bytes) if self.live_bytes else 0
+
+    def live_at(self, index: int) -> tuple[LiveTensor, ...]:
+        """The tensors live during ``nodes[index]``, largest first."""
+        return tuple(sorted((t for t in self.tensors if t.birth <= index <= t.death), key=lambda t: -t.bytes))
+
+    @cached_property
+    def holders(self) -> tuple[LiveTensor, ...]:
+        """The tensors live at the peak, largest first."""
+        return self.live_at(self.peak_index)
+
+    @property
+    def transient_bytes(self) -> int:
+        """The rest of the peak: a kernel's workspace, or the inside of a sliced loop."""
+        return self.peak_bytes - sum(tensor.bytes for tensor in self.holders)
 
 
 @dataclass(frozen=True)
@@ -162,17 +181,12 @@ def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
 def profile(graph_module: fx.GraphModule) -> MemoryProfile:
     """The memory profile of a graph whose nodes carry fake values."""
     liveness = analyze(graph_module)
-    live = liveness.live_bytes()
-    peak = live.index(max(live)) if live else 0
-    held = [s for s in liveness.storages if s.birth <= peak <= s.death]
-    holders = tuple(_describe(s) for s in sorted(held, key=lambda s: -s.bytes))
     graph = graph_module.graph
     return MemoryProfile(
         nodes=tuple(node.name for node in liveness.schedule),
         module_paths=tuple(module_path(node) for node in liveness.schedule),
-        live_bytes=tuple(live),
-        holders=holders,
-        transient_bytes=liveness.transient[peak] if live else 0,
+        live_bytes=tuple(liveness.live_bytes()),
+        tensors=tuple(_describe(storage, len(liveness.schedule) - 1) for storage in liveness.storages),
         weight_bytes=_bytes_of(graph, "get_attr"),
         input_bytes=_bytes_of(graph, "placeholder"),
     )
@@ -183,7 +197,8 @@ def _bytes_of(graph: fx.Graph, op: str) -> int:
     return sum(found.values())
 
 
-def _describe(storage: Storage) -> LiveTensor:
+def _describe(storage: Storage, last: int) -> LiveTensor:
     node = storage.node
     tensor = next(t for t in tensors_of(node.meta["val"]) if t.untyped_storage().nbytes() == storage.bytes)
-    return LiveTensor(node.name, module_path(node), tuple(tensor.shape), tensor.dtype, storage.bytes)
+    lifetime = (storage.birth, min(storage.death, last))
+    return LiveTensor(node.name, module_path(node), tuple(tensor.shape), tensor.dtype, storage.bytes, *lifetime)

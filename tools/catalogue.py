@@ -36,7 +36,8 @@ class Entry:
     """One model: `class_path` as `pkgutil.resolve_name` reads it, `source` the repository on Hugging Face and its file.
 
     `small` overrides `config` for a model that runs in a test. `inputs(config, shape, dtype)` makes the arguments and
-    keyword arguments of `method`, in the layout in which the model's pipeline passes them.
+    keyword arguments of `method`, in the layout in which the model's pipeline passes them. `pipeline` is diffusers'
+    class that has the model as its `component`.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Entry:
     shape: Shape
     inputs: Callable[[Mapping[str, Any], Shape, torch.dtype], Inputs]
     method: str = "forward"
+    pipeline: str = ""
+    component: str = "unet"
 
 
 def svd_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
@@ -128,6 +131,7 @@ SVD = Entry(
     },
     shape=Shape(frames=14, height=576, width=1024),
     inputs=svd_inputs,
+    pipeline="StableVideoDiffusionPipeline",
 )
 
 SVD_XT = replace(
@@ -154,6 +158,7 @@ ANIMATEDIFF = Entry(
     small=SMALL_WIDTHS | {"num_attention_heads": 2, "motion_num_attention_heads": 2, "norm_num_groups": 8},
     shape=Shape(frames=16, height=576, width=1024),
     inputs=animatediff_inputs,
+    pipeline="AnimateDiffPipeline",
 )
 
 # In the two below `attention_head_dim` is the width of a head, not their number.
@@ -165,6 +170,7 @@ MODELSCOPE = Entry(
     small=SMALL_WIDTHS | {"attention_head_dim": 16, "norm_num_groups": 8},
     shape=Shape(frames=16, height=320, width=576),
     inputs=text_inputs,
+    pipeline="TextToVideoSDPipeline",
 )
 
 I2VGENXL = Entry(
@@ -175,6 +181,7 @@ I2VGENXL = Entry(
     small=SMALL_WIDTHS | {"attention_head_dim": 16, "norm_num_groups": 8},
     shape=Shape(frames=16, height=704, width=1280),
     inputs=i2vgenxl_inputs,
+    pipeline="I2VGenXLPipeline",
 )
 
 VAE_WIDTHS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
@@ -195,6 +202,8 @@ SVD_VAE = Entry(
     shape=Shape(frames=14, height=576, width=1024, batch=1),
     inputs=video_latent_inputs,
     method="decode",
+    pipeline="StableVideoDiffusionPipeline",
+    component="vae",
 )
 
 SD_VAE = Entry(
@@ -211,6 +220,8 @@ SD_VAE = Entry(
     shape=Shape(frames=16, height=576, width=1024, batch=1),
     inputs=latent_inputs,
     method="decode",
+    pipeline="AnimateDiffPipeline",
+    component="vae",
 )
 
 SD_VAE_ENCODE = replace(SD_VAE, name="sd-vae-encode", inputs=image_inputs, method="encode")
@@ -238,11 +249,18 @@ def build(
     entry = _entry(name)
     given = {"frames": frames, "height": height, "width": width, "batch": batch}
     shape = replace(entry.shape, **{key: value for key, value in given.items() if value is not None})
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    with mode, torch.device(device), torch.no_grad():
+    with building(device, fake):
         model = _construct(entry, entry.config, dtype)
         args, kwargs = entry.inputs(entry.config, shape, dtype)
     return _called(model, entry), args, kwargs
+
+
+@contextmanager
+def building(device: torch.device | str, fake: bool) -> Iterator[None]:
+    """Models and tensors made inside are on ``device``; with ``fake`` they are fake, of one FakeTensorMode."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with mode, torch.device(device), torch.no_grad():
+        yield
 
 
 def small(
@@ -255,7 +273,7 @@ def small(
     batch: int = 2,
     seed: int = 0,
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Returns a model (or its method) of the same class with few channels and random weights, in eval mode, with its args and kwargs.
+    """Returns a model (or its method) of the same class with few channels and random weights, with its args and kwargs.
 
     `height` and `width` are those of the latent. The same seed gives the same weights and inputs.
     """
@@ -283,13 +301,14 @@ def _entry(name: str) -> Entry:
 
 
 def _construct(entry: Entry, config: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    with _default_dtype(dtype):
+    with default_dtype(dtype):
         model = pkgutil.resolve_name(entry.class_path)(**config)
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have parameters of ``dtype``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -49,10 +49,10 @@ def test_the_cases_are_what_they_are_called(streamed, plan, request):
 
 
 def test_groups(plan):
-    nodes = set(plan.before.nodes)
     for group in plan.groups:
-        assert {group.first, group.last} <= nodes
-        assert plan.before.nodes.index(group.first) <= plan.before.nodes.index(group.last)
+        positions = [position for first, last in group.spans for position in range(first, last + 1)]
+        assert positions == sorted({*positions})
+        assert {plan.before.nodes.index(group.first), plan.before.nodes.index(group.last)} <= {*positions}
         assert group.slices == len(group.lengths) > 1
         assert sum(group.lengths) == group.extent
         assert max(group.lengths) - min(group.lengths) <= 1
@@ -73,8 +73,8 @@ def test_an_inner_group_follows_its_outer_one(plan):
         assert len(around) == group.depth
         for outer in around:
             assert group.bytes_after <= outer.bytes_after
-            first, last = (plan.before.nodes.index(name) for name in (outer.first, outer.last))
-            assert first <= plan.before.nodes.index(group.first) <= plan.before.nodes.index(group.last) <= last
+            assert all(any(a <= first and last <= b for a, b in outer.spans) for first, last in group.spans)
+            assert group.name.startswith(f"{outer.name}/")
         around.append(group)
 
 
