@@ -31,7 +31,8 @@ def recompute(program: Program, storages: Iterable[int]) -> fx.GraphModule | Non
 
     Uses between which no statistics are taken have one computation in common. None where nothing can be recomputed.
     """
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     for node in program.graph_module.graph.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
     source = program.liveness.storages

@@ -7,6 +7,8 @@ all, they are fused again, unless that would raise the graph's peak. Each part's
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -29,7 +31,8 @@ def split_norms(graph_module: fx.GraphModule, least: float) -> fx.GraphModule:
     large = [node for node in source.nodes if _is_large_norm(node, least)]
     if not large:
         return graph_module
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     with torch.no_grad(), fake_mode_of(source):
         for node in source.nodes:
             env[node] = _split(node, graph, env) if node in large else graph.node_copy(node, env.__getitem__)
@@ -46,7 +49,8 @@ def _is_large_norm(node: fx.Node, least: float) -> bool:
 
 
 def _split(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), node.args, strict=False)) | node.kwargs
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     value, groups = node.meta["val"], given["num_groups"]
     weight, bias = (None if given.get(name) is None else env[given[name]] for name in ("weight", "bias"))
     input = env[given["input"]]
@@ -95,6 +99,6 @@ def _moments_of(node: fx.Node) -> fx.Node | None:
     """The moments of the input that a scale is made from, where they are taken in its graph."""
     if node.target is not norm.group_scale.default:
         return None
-    statistics = node.args[1]
-    moments = statistics.args[0] if statistics.target is norm.group_statistics.default else None
+    statistics: Any = node.args[1]
+    moments: Any = statistics.args[0] if statistics.target is norm.group_statistics.default else None
     return moments if moments is not None and moments.args and moments.args[0] is node.args[0] else None
