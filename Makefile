@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench table table-pipeline pictures clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large table table-pipeline pictures clean
 
 venv: $(STAMP)
 
@@ -53,6 +53,10 @@ demo: venv
 
 bench: venv
 	$(BIN)/python -m fxstream.tools.bench
+
+# The decode of a video that needs more memory than there is; many minutes.
+bench-large: venv
+	$(BIN)/python -m fxstream.tools.bench_large
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table

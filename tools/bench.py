@@ -1,4 +1,4 @@
-"""The benchmark: peak memory, time and equality of a video UNet on the CPU, run in several ways.
+"""The benchmark: peak memory, time and equality of a video UNet and a video decoder on the CPU, run in several ways.
 
 One process; every round runs each way once, and a way's time is the median over rounds of its ratio to eager in the
 same round, so that a machine that slows down slows all of them. Peaks come from runs of their own.
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
 import fxstream
 from fxstream.passes.capture import Inputs, capture
@@ -49,25 +48,31 @@ class Variant:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fxstream.tools.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each way (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="a small model, to see that all of it works")
+    parser.add_argument("--quick", action="store_true", help="small models, to see that all of it works")
+    parser.add_argument("--model", choices=("unet", "decoder"), help="one of the two alone")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    model, args, kwargs = _model(options.quick)
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    shape = " x ".join(map(str, args[0].shape))
-    print(
-        f"{type(model).__name__} {model.config.block_out_channels}, latents {shape}, float32, {options.rounds} rounds\n"
-    )
+    for name in [options.model] if options.model else ["unet", "decoder"]:
+        model, args, kwargs = _unet(options.quick) if name == "unet" else _decoder(options.quick)
+        module = getattr(model, "__self__", model)
+        shape = " x ".join(map(str, args[0].shape))
+        widths = module.config.block_out_channels
+        print(f"\n{type(module).__name__} {widths}, latents {shape}, float32, {options.rounds} rounds\n")
+        print(_bench(model, args, kwargs, options.rounds))
+
+
+def _bench(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int) -> str:
     variants = list(_variants(model, args, kwargs))
     _measure(variants, args, kwargs)
-    for number in range(options.rounds):
-        _say(f"round {number + 1} of {options.rounds}")
+    for number in range(rounds):
+        _say(f"round {number + 1} of {rounds}")
         for variant in variants:
             with variant.setting():
                 began = time.perf_counter()
                 variant.run(*args, **kwargs)
                 variant.seconds.append(time.perf_counter() - began)
-    print(_table(variants))
+    return _table(variants)
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -76,7 +81,7 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def _model(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _unet(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A UNet of Stable Video Diffusion's structure; in full, some 5 s a forward on two cores."""
     if quick:
         return catalogue.small("svd-unet", frames=4, batch=1)
@@ -86,7 +91,17 @@ def _model(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return catalogue.small(entry.name, frames=14, height=32, width=48, batch=2)
 
 
-def _variants(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Variant]:
+def _decoder(quick: bool) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A decoder of Stable Video Diffusion's structure; in full, some 5 s a call on two cores."""
+    if quick:
+        return catalogue.small("svd-vae", frames=4, batch=1)
+    widths = {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2}
+    entry = replace(catalogue.SVD_VAE, name="svd-vae-bench", small=widths)
+    catalogue.CATALOGUE[entry.name] = entry
+    return catalogue.small(entry.name, frames=8, height=24, width=32, batch=1)
+
+
+def _variants(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Variant]:
     yield Variant("eager", model)
     _say("capturing")
     captured = capture(model, args, kwargs)
@@ -100,7 +115,7 @@ def _variants(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         _say(f"planning for {budget}")
         streamed = fxstream.optimize(model, budget, args, kwargs)
         yield Variant(f"fxstream, {budget}", streamed, streamed.plans[0].after.peak_bytes)
-    for dim in (0, 1):
+    for dim in (0, 1) if hasattr(model, "enable_forward_chunking") else ():
         yield Variant(f"forward chunking, dim {dim}", model, setting=partial(_forward_chunking, model, dim))
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from fxstream.loop import Slice
-from fxstream.passes.layout import slice_layout
+from fxstream.passes.layout import lies_within, slice_layout
 
 ELEMENTS = 24
 
@@ -71,3 +71,22 @@ def test_another_start_or_dtype_is_another_place():
 def test_an_expanded_tensor_has_no_layout_of_its_own():
     assert slice_layout(torch.empty(4, 1).expand(4, 6), Slice(0, 4)) is None
     assert slice_layout(torch.empty(1, 6).expand(4, 6), Slice(0, 4)) is None
+
+
+@settings(max_examples=300, derandomize=True)
+@given(data=st.data(), extent=st.sampled_from([2, 3, 4]))
+def test_what_lies_within_touches_nothing_else(data, extent):
+    (first, one), (second, other) = data.draw(sliced(extent)), data.draw(sliced(extent))
+    layouts = slice_layout(first, one), slice_layout(second, other)
+    assume(first.storage_offset() == second.storage_offset() == 0)
+    if lies_within(*layouts):
+        pairs = zip(addresses(first, one), addresses(second, other), strict=True)
+        assert all(inner <= outer for inner, outer in pairs)
+
+
+def test_half_the_channels_lie_within_all_of_them_by_rows_alone():
+    half, whole = torch.empty(1, 4, 6, 5), torch.empty(1, 8, 6, 5)
+    assert lies_within(slice_layout(half, Slice(2, 6)), slice_layout(whole, Slice(2, 6)))
+    assert not lies_within(slice_layout(whole, Slice(2, 6)), slice_layout(half, Slice(2, 6)))
+    frames = torch.empty(2, 4, 6, 5), torch.empty(2, 8, 6, 5)
+    assert not lies_within(*(slice_layout(each, Slice(0, 2)) for each in frames))
