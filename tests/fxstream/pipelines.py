@@ -294,7 +294,8 @@ class ToyPipeline(DiffusionPipeline):
             latents = self.scheduler.step(noise, step, latents).prev_sample
         latents = latents.to(self.codec.dtype)
         parts = latents.split(decode_chunk_size or num_frames)
-        frames = torch.cat([self.codec.decode(part, generator=generator).sample for part in parts])
+        decoded = [self.codec.decode(part, generator=generator).sample for part in parts]
+        frames = torch.cat(decoded) if len(decoded) > 1 else decoded[0]
         self.maybe_free_model_hooks()
         return frames
 
