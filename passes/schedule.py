@@ -1,7 +1,7 @@
-"""Schedule: put a graph's nodes in an order in which less is live at once.
+"""Schedule: compute what makes memory grow as late as what reads it allows.
 
-Two orders are tried, and the graph keeps its own where neither lowers its peak: every node as late as what reads it
-allows, where that holds fewer bytes; and, node by node, that which adds least to what is live.
+Every node that makes more bytes than it is the last to need is moved to just before the first node that reads it. The
+graph keeps its own order where that does not lower its peak.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def schedule(graph_module: fx.GraphModule) -> fx.GraphModule:
     liveness = analyze(graph_module)
     if any(is_impure(node) for node in liveness.schedule):
         return graph_module
-    own = list(liveness.schedule)
-    best = min((own, _late(liveness), _greedy(liveness)), key=lambda order: _peak_bytes(liveness, order))
-    return graph_module if best is own else _reordered(graph_module, best)
+    late = _late(liveness)
+    lower = _peak_bytes(liveness, late) < max(liveness.live_bytes(), default=0)
+    return _reordered(graph_module, late) if lower else graph_module
 
 
 def _peak_bytes(liveness: Liveness, order: Sequence[fx.Node]) -> int:
@@ -63,39 +63,6 @@ def _grows(liveness: Liveness, index: int, node: fx.Node) -> bool:
     made = sum(liveness.storages[s].bytes for s in liveness.of[node] if liveness.storages[s].birth == index)
     read = {s for each in node.all_input_nodes for s in liveness.of.get(each, ())}
     return made > sum(liveness.storages[s].bytes for s in read if liveness.storages[s].death == index)
-
-
-def _greedy(liveness: Liveness) -> list[fx.Node]:
-    """Of the nodes whose inputs are there, always the one that adds least, the earlier of two."""
-    storages, position = liveness.storages, {node: index for index, node in enumerate(liveness.schedule)}
-    waiting = {node: sum(each in position for each in node.all_input_nodes) for node in liveness.schedule}
-    readers: list[set[fx.Node]] = [set() for _ in storages]
-    for node in liveness.schedule:
-        for each in node.all_input_nodes:
-            for storage in liveness.of.get(each, ()):
-                readers[storage].add(node)
-    returned = {index for index, storage in enumerate(storages) if storage.death >= len(liveness.schedule)}
-    ready = {node for node, count in waiting.items() if not count}
-    order: list[fx.Node] = []
-
-    def added(node: fx.Node) -> int:
-        made = sum(storages[s].bytes for s in liveness.of[node] if storages[s].node is node)
-        read = {s for each in node.all_input_nodes for s in liveness.of.get(each, ())} - returned
-        return made - sum(storages[s].bytes for s in read if readers[s] == {node})
-
-    while ready:
-        node = min(ready, key=lambda each: (added(each), position[each]))
-        ready.remove(node)
-        order.append(node)
-        for each in node.all_input_nodes:
-            for storage in liveness.of.get(each, ()):
-                readers[storage].discard(node)
-        for user in node.users:
-            if user in waiting:
-                waiting[user] -= 1
-                if not waiting[user]:
-                    ready.add(user)
-    return order
 
 
 def _reordered(graph_module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
