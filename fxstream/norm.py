@@ -66,11 +66,14 @@ def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: 
     sizes, cell = (input.shape[0], *input.shape[2:-1]), input.shape[1] * input.shape[-1]
     for samples, *steps in _tiles(sizes, cell):
         where = (samples, slice(None), *steps)
-        tile = input[where].to(mean.dtype, copy=True)
-        tile.sub_(mean[samples]).mul_(scale[samples])
+        result = out[where]
+        tile = result if out.dtype == mean.dtype else input[where].to(mean.dtype)
+        torch.sub(input[where] if tile is result else tile, mean[samples], out=tile)
+        tile.mul_(scale[samples])
         if shift is not None:
             tile.add_(shift)
-        out[where] = tile
+        if tile is not result:
+            result.copy_(tile)
         del tile
     return out
 

@@ -192,7 +192,7 @@ class _Sweep:
         activations, weights = program.traffic(index)
         self.launches += bool(activations)
         if activations:
-            self.traffic += activations - whole
+            self.traffic += activations - whole + 2 * step * extent
             self.whole += weights + whole
         if self.run.haloed:
             work = program.flops(index), activations - whole if activations else 0

@@ -67,7 +67,7 @@ class Grouping:
 
     def __init__(self, program: Program, candidates: Iterable[Candidate], costs: CostModel) -> None:
         self.program, self.costs = program, costs
-        self._single = [self._price_whole(*program.traffic(index)) for index in range(len(program))]
+        self._single = [self._price_whole(*self._traffic(index)) for index in range(len(program))]
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
         self._options: dict[Candidate, list[Option]] = {}
         self._fixed: set[Group] = set()
@@ -148,6 +148,11 @@ class Grouping:
         flops, again = candidate.overlap
         twice = slices * (flops * self.costs.flop + again * rate(working_set))
         return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole + twice
+
+    def _traffic(self, index: int) -> tuple[int, int]:
+        """Bytes that a node moves: of activations, its workspace twice among them, and of weights."""
+        activations, weights = self.program.traffic(index)
+        return activations + 2 * self.program.liveness.transient[index], weights
 
     def _price_whole(self, traffic: int, weights: int) -> float:
         rate = self.costs.rate

@@ -196,13 +196,15 @@ def group_statistics(out: Tensor, moments: Tensor, count: int, eps: float) -> in
 
 @workspace(torch.ops.fxstream.group_scale.default, anywhere=True)
 def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
-    """A mean and a scale a channel, in the statistics' type as a tile is; the bias cast to it."""
+    """In the statistics' type a mean and a scale a channel, and the bias and a tile that are of another."""
     channels = 2 * input.shape[0] * input.shape[1]
     if weight is not None:
         channels += input.shape[0] * input.shape[1]
     if bias is not None and bias.dtype != statistics.dtype:
         channels += bias.numel()
-    return (channels + tile_elements(input.shape)) * statistics.element_size()
+    if input.dtype != statistics.dtype:
+        channels += tile_elements(input.shape)
+    return channels * statistics.element_size()
 
 
 @workspace(aten.layer_norm.default, anywhere=True)
