@@ -101,7 +101,7 @@ def test_a_streamed_unet_is_equal_and_as_predicted(name, dtype):
     if dtype is torch.float32:
         check(name, dtype, MODELS[name], (0.75, 0.5, 0.3, None))
     else:
-        frames = {"svd-unet": 7, "animatediff-unet": 8}.get(name, 4)
+        frames = {"svd-unet": 7, "i2vgenxl-unet": 4}.get(name, 8)
         check(name, dtype, dict(frames=frames, height=24, width=32), (0.5, None))
 
 
