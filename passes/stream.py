@@ -46,6 +46,9 @@ SLACK = 1.01
 
 ROUNDS = 8
 
+DEEPER = 2
+"""How often the bodies of the loops that make the peak are streamed, where that moves it to others."""
+
 HIGH_SHARE = 0.9
 """Below the lowest peak reached, values are computed again that are live where this share of it is."""
 
@@ -127,7 +130,7 @@ def _stream(graph_module: fx.GraphModule, budget: int | None, allow_recompute: b
 
 def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> Streamed:
     """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak."""
-    for _ in range(ROUNDS):
+    for _ in range(DEEPER):
         peak = streamed.after.peak_bytes
         if budget is not None and peak <= budget:
             break
