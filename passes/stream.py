@@ -125,7 +125,8 @@ def _held_above(streamed: Streamed, limit: float) -> set[int]:
 def _stream(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
     """``stream`` of a graph as it is, but for the bodies of outer loops."""
     found = _loops(graph_module, budget, allow_recompute, most_outer)
-    return _deepened(found, budget, allow_recompute) if most_outer else found
+    wanted = budget is not None or allow_recompute  # for the lowest of one pass it costs more planning than it gains
+    return _deepened(found, budget, allow_recompute) if most_outer and wanted else found
 
 
 def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> Streamed:
