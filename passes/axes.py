@@ -83,12 +83,11 @@ class Halo:
     arguments (by schema name) to run the operator with on that window, and the step of the output that its result
     then begins at: at or before the part wanted, which may end before the result does.
 
-    Where no border is near, a part of n steps reads n * ``scale`` + ``overlap`` steps.
+    ``overlap`` is how many steps a part reads beyond those that are its own, where no border is near.
     """
 
     window: Callable[[Span], Span]
     place: Callable[[Span, Span], tuple[Arguments, int]]
-    scale: Fraction
     overlap: Fraction
 
 
@@ -109,6 +108,13 @@ class Cut:
     def window(self, part: Span) -> Span:
         """The part of the inputs' axis that a part of the output's is computed from."""
         return part if self.halo is None else self.halo.window(part)
+
+    @property
+    def reach(self) -> float:
+        """The share of the axis that is read beyond a slice's own part."""
+        if self.halo is None:
+            return 0.0
+        return float(self.halo.overlap) / next(piece.extent for piece in self.inputs if piece is not None)
 
     def place(self, part: Span, window: Span) -> tuple[Arguments, int]:
         """The arguments to compute a part of the output with, and the first step of what they compute."""

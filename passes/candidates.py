@@ -160,7 +160,7 @@ class _Sweep:
         storages, made = program.liveness.storages, program.born[index]
         size = sum(storages[s].bytes for s in made)
         cut, inside, whole = self.run.cuts[index], [], 0
-        reach = own = self._own_reach(index)
+        reach = own = cut.reach * extent
         for node, piece in zip(program.values[index].reads, cut.inputs, strict=True):
             at = program.position.get(node, -1)
             inside.append(at >= self.start and at in self.run.slices)
@@ -198,14 +198,6 @@ class _Sweep:
             work = program.flops(index), activations - whole if activations else 0
             self.work = [a + b for a, b in zip(self.work, (*work, *(reach * each for each in work)), strict=True)]
         return True
-
-    def _own_reach(self, index: int) -> float:
-        """Steps that one node reads beyond its own slice."""
-        cut = self.run.cuts[index]
-        if cut.halo is None:
-            return 0.0
-        extent = next(piece.extent for piece in cut.inputs if piece is not None)
-        return float(cut.halo.overlap) * self.run.extent / extent
 
     def _moment(self, fixed: float, step: float) -> None:
         """Keep what may be the most that a body holds, at some length."""

@@ -116,7 +116,7 @@ class Grouping:
 
     def avoid_larger(self, group: Group) -> None:
         """Let a group write over no input that is larger than its output: what the input holds more lives on."""
-        candidate = group.candidate.without_larger(self.program)
+        candidate = None if group in self._fixed else group.candidate.without_larger(self.program)
         if candidate is not None:
             at = self._by_end[candidate.end]
             at[at.index(group.candidate)] = candidate

@@ -50,7 +50,7 @@ class Run:
     @cached_property
     def haloed(self) -> bool:
         """Whether some node reads beyond its own slice."""
-        return any(cut.halo is not None and cut.halo.overlap > 0 for cut in self.cuts.values())
+        return any(cut.reach > 0 for cut in self.cuts.values())
 
 
 def find_runs(program: Program, hot: Iterable[int]) -> list[Run]:
@@ -154,10 +154,7 @@ class _Scanner:
         return Run(extent, self.start, end, self.slices, self.cuts) if len(work) > 1 else None
 
     def _reach(self, index: int) -> float:
-        cut = self.cuts[index]
-        own = 0.0
-        if cut.halo is not None:
-            own = float(cut.halo.overlap) / next(piece.extent for piece in cut.inputs if piece is not None)
+        own = self.cuts[index].reach
         self.reach[index] = own + max((self.reach.get(at, 0.0) for at, _ in self._edges(index)), default=0.0)
         return self.reach[index]
 

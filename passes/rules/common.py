@@ -80,7 +80,7 @@ def haloed(
     middle = out.extent // 2
     first, last = reads(middle)
     overlap = last - first + 1 - Fraction(scale)
-    halo = Halo(window, placed, Fraction(scale), Fraction(max(overlap, Fraction(0))))
+    halo = Halo(window, placed, max(overlap, Fraction(0)))
     return Cut(_inputs(call, {names(call.target)[0]: Slice(out.dim, size)}), halo=halo)
 
 
