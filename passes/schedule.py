@@ -7,7 +7,7 @@ graph keeps its own order where that does not lower its peak.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import replace
 
 from torch import fx
 
@@ -25,27 +25,24 @@ def schedule(graph_module: fx.GraphModule) -> fx.GraphModule:
     if any(is_impure(node) for node in liveness.schedule):
         return graph_module
     late = _late(liveness)
-    lower = _peak_bytes(liveness, late) < max(liveness.live_bytes(), default=0)
-    return _reordered(graph_module, late) if lower else graph_module
+    peaks = [max(each.live_bytes(), default=0) for each in (liveness, _in_order(liveness, late))]
+    return _reordered(graph_module, late) if peaks[1] < peaks[0] else graph_module
 
 
-def _peak_bytes(liveness: Liveness, order: Sequence[fx.Node]) -> int:
-    """The peak of the schedule in another order."""
+def _in_order(liveness: Liveness, order: Sequence[fx.Node]) -> Liveness:
+    """The liveness of the same nodes in another order."""
     position = {node: index for index, node in enumerate(order)}
     transient = dict(zip(liveness.schedule, liveness.transient, strict=True))
-    birth: dict[int, int] = {}
     death: dict[int, int] = {}
     for index, node in enumerate(order):
         last = max((position.get(user, len(order)) for user in node.users), default=index)
         for storage in liveness.of[node]:
-            birth.setdefault(storage, index)
             death[storage] = max(death.get(storage, 0), last)
-    changes = [0] * (len(order) + 2)
-    for storage, index in birth.items():
-        changes[index] += liveness.storages[storage].bytes
-        changes[death[storage] + 1] -= liveness.storages[storage].bytes
-    live = accumulate(changes)
-    return max((held + transient[node] for held, node in zip(live, order, strict=False)), default=0)
+    storages = tuple(
+        replace(storage, birth=position[storage.node], death=death[index])
+        for index, storage in enumerate(liveness.storages)
+    )
+    return Liveness(tuple(order), storages, liveness.of, tuple(transient[node] for node in order))
 
 
 def _late(liveness: Liveness) -> list[fx.Node]:

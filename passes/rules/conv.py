@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -164,11 +164,7 @@ def upsample_nearest(call: Call, out: Slice) -> Cut | None:
     if times is None:
         return None
     if out.outer * out.inner == 1:
-
-        def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
-            return output_size(call, out, (window[1] - window[0]) * times), window[0] * times
-
-        return haloed(call, out, lambda step: (step // times,) * 2, Fraction(1, times), place)
+        return longer(call, out, times, lambda step: (step // times,) * 2)
     if out.inner % times:
         return None
     piece = Slice(out.dim, out.extent, out.outer, out.inner // times)
@@ -188,9 +184,18 @@ def repeats(call: Call, out: Slice) -> int | None:
     return None if scales and scales[out.dim - 2] not in (None, times) else times
 
 
+def longer(call: Call, out: Slice, times: int, reads: Callable[[int], tuple[int, int]]) -> Cut | None:
+    """The cut of a dimension that becomes ``times`` as long: a window's result begins at the first step's own."""
+
+    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
+        return output_size(call, out, (window[1] - window[0]) * times), window[0] * times
+
+    return haloed(call, out, reads, Fraction(1, times), place)
+
+
 def output_size(call: Call, out: Slice, size: int) -> dict[str, Any]:
     """The argument that gives the output's size, where it is given."""
-    if call.arguments["output_size"] is None:
+    if call.arguments.get("output_size") is None:
         return {}
     return {"output_size": [size if dim == out.dim else old for dim, old in enumerate(call.shape)][2:]}
 
@@ -215,10 +220,7 @@ def upsample_linear(call: Call, out: Slice) -> Cut | None:
         nearest = (2 * step + 1 - times) // (2 * times)
         return nearest, nearest + 1
 
-    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
-        return output_size(call, out, (window[1] - window[0]) * times), window[0] * times
-
-    return haloed(call, out, reads, Fraction(1, times), place)
+    return longer(call, out, times, reads)
 
 
 independent(
@@ -239,10 +241,7 @@ def pixel_shuffle(call: Call, out: Slice) -> Cut | None:
     if out.inner % times == 0:
         return lead(call, Slice(out.dim, out.extent, out.outer, out.inner // times))
 
-    def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
-        return {}, window[0] * times
-
-    return haloed(call, out, lambda step: (step // times,) * 2, Fraction(1, times), place)
+    return longer(call, out, times, lambda step: (step // times,) * 2)
 
 
 @rule(aten.pixel_unshuffle.default)
