@@ -24,6 +24,9 @@ from fxstream.passes.runs import Run
 MOST_CUTS = 8
 """Ends of a run that are considered as first and as last nodes of a group: those with the fewest bytes live there."""
 
+LEAST_HILL = 0.02
+"""A hill rises above its edges by at least this share of the peak."""
+
 
 @dataclass(eq=False)
 class Candidate:
@@ -78,14 +81,36 @@ class Candidate:
 
 
 def find_candidates(program: Program, run: Run) -> Iterator[Candidate]:
-    """The intervals of a run between its best cuts."""
+    """The intervals of a run between its best cuts, and those of its hills."""
     cuts = program.cut_bytes
     inside = sorted(run.slices)
     starts = {run.start, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index])}
     ends = {run.end, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index + 1])}
-    for start in sorted(starts):
-        if start in run.slices:
-            yield from _Sweep(program, run, start).candidates(ends)
+    intervals = {start: {*ends} for start in starts}
+    for start, end in _hills(program, run):
+        intervals.setdefault(start, set()).add(end)
+    for start in sorted(intervals.keys() & run.slices):
+        yield from _Sweep(program, run, start).candidates(intervals[start])
+
+
+def _hills(program: Program, run: Run) -> Iterator[tuple[int, int]]:
+    """Intervals of a run across which nowhere fewer bytes live on than at both edges, and at some node many more."""
+    cuts, live = program.cut_bytes, program.live_bytes
+    least = LEAST_HILL * max(live)
+    rising: list[tuple[int, float]] = []  # positions at rising cuts, and the most that is live from there on
+    for at in range(run.start, run.end + 2):
+        most = 0.0
+        while rising:
+            start, top = rising[-1]
+            most = max(most, top)
+            if most - cuts[start] >= least and start < at - 1:
+                yield start, at - 1
+            if cuts[start] < cuts[at]:
+                rising[-1] = start, most
+                break
+            rising.pop()
+        if at <= run.end:
+            rising.append((at, live[at]))
 
 
 def whole(program: Program, run: Run) -> Candidate | None:
@@ -118,7 +143,7 @@ class _Sweep:
         self.strided: dict[int, int] = {}  # contiguous bytes a step -> bytes read of windows
 
     def candidates(self, ends: set[int]) -> Iterator[Candidate]:
-        for index in range(self.start, self.run.end + 1):
+        for index in range(self.start, max(ends) + 1):
             if index not in self.run.slices:
                 self._hoist(index)
                 continue

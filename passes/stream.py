@@ -49,6 +49,9 @@ ROUNDS = 8
 DEEPER = 2
 """How often the bodies of the loops that make the peak are streamed, where that moves it to others."""
 
+NEAR_SHARE = 0.96
+"""For the lowest peak, the bodies of loops are streamed that hold more than this share of the lowest reached."""
+
 HIGH_SHARE = 0.9
 """Below the lowest peak reached, values are computed again that are live where this share of it is."""
 
@@ -125,8 +128,7 @@ def _held_above(streamed: Streamed, limit: float) -> set[int]:
 def _stream(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
     """``stream`` of a graph as it is, but for the bodies of outer loops."""
     found = _loops(graph_module, budget, allow_recompute, most_outer)
-    wanted = budget is not None or allow_recompute  # for the lowest of one pass it costs more planning than it gains
-    return _deepened(found, budget, allow_recompute) if most_outer and wanted else found
+    return _deepened(found, budget, allow_recompute) if most_outer else found
 
 
 def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> Streamed:
@@ -135,7 +137,7 @@ def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> 
         peak = streamed.after.peak_bytes
         if budget is not None and peak <= budget:
             break
-        limit = HIGH_SHARE * peak if budget is None else budget
+        limit = NEAR_SHARE * peak if budget is None else budget
         live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
         names = {f"loop_{number}": group for number, group in enumerate(streamed.groups)}
         hot = [name for name, group in names.items() if live[name] > limit and group not in streamed.inner]

@@ -80,6 +80,25 @@ def test_intervals_are_of_the_run_and_each_once(feedforward):
     assert all(run.start <= start < end <= run.end for start, end in seen)
 
 
+def test_a_hill_is_a_candidate_however_low_the_rest_of_the_run_is():
+    def function(x):
+        for _ in range(12):
+            x = x.sin()
+        first, second = x.exp(), x.cos()
+        wide = torch.cat([first, second] * 4, 1)
+        narrow = wide.tan().unflatten(1, (8, 256)).sum(1)
+        x = first + second * narrow
+        for _ in range(12):
+            x = x.sin()
+        return x
+
+    program = captured(Call(function), torch.randn(12, 256))
+    targets = [str(value.call.target) for value in program.values]
+    hill = (targets.index("aten.cat.default"), targets.index("aten.sum.dim_IntList"))
+    run = next(run for run in find_runs(program, [0]) if run.extent == 12)
+    assert hill in {(candidate.start, candidate.end) for candidate in find_candidates(program, run)}
+
+
 def test_a_loop_costs_what_its_inputs_and_outputs_and_one_body_hold():
     def function(x):
         h = x * 2  # 12 frames of 1 KiB
