@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv test fuzz lint format demo bench table clean
+.PHONY: venv test fuzz lint format demo bench bench-compile table clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,9 @@ demo: venv
 
 bench: venv
 	$(BIN)/python -m fxstream.tools.bench
+
+bench-compile: venv
+	$(BIN)/python -m fxstream.tools.bench_compile
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxstream.budget import Budget, format_bytes
 from fxstream.errors import MemoryBudgetError
-from fxstream.module import StreamedModule
+from fxstream.module import Region, StreamedModule
 from fxstream.passes.capture import Captured, capture
 from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
@@ -21,11 +22,15 @@ from fxstream.report import Plan, make_plan
 
 @dataclass(frozen=True)
 class Compiled:
-    """A planned call: the rewritten graph, how to call it, and the plan that it carries out."""
+    """A planned call: the rewritten graph, how to call it, and the plan that it carries out.
+
+    ``run`` is the graph as it is or compiled: flat tensors in, flat tensors out.
+    """
 
     captured: Captured
     graph_module: fx.GraphModule
     plan: Plan
+    run: Callable[..., Sequence[torch.Tensor]]
 
 
 def plan(
@@ -51,30 +56,55 @@ def optimize(
     memory_budget: str | int | float,
     example_args: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    compile: str | None = None,
 ) -> StreamedModule:
     """A module that stands where ``model`` stood, and computes the same within a memory budget.
 
     ``memory_budget`` is all that a call may hold (weights, inputs and activations) as ``"6GiB"`` or an int of bytes;
     or a float in (0, 1), the share of the captured graph's activation peak; or ``"min"``, the lowest reachable.
 
+    ``compile`` names a backend of torch.compile, such as ``"inductor"``, that compiles what is planned: the loops'
+    bodies, each once, and what is between the loops.
+
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
     """
     budget = Budget.parse(memory_budget)
+    backend = None
+    if compile is not None:
+        from fxstream.compiled import check_compiler  # and with it Dynamo, which takes seconds
+
+        backend = check_compiler(compile, "compile")
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
-        return compile_call(model, args, kwargs, budget)
+        return compile_call(model, args, kwargs, budget, backend)
 
-    streamed = StreamedModule(model, compiler)
+    streamed = StreamedModule(model, compiler, Region(budget, backend))
     if example_args is not None or example_kwargs is not None:
         streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
     return streamed
 
 
-def compile_call(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], budget: Budget) -> Compiled:
-    """Capture, plan and rewrite one call."""
+def compile_call(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    budget: Budget,
+    backend: str | None = None,
+) -> Compiled:
+    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
     began = time.perf_counter()
-    captured = capture(model, args, kwargs)
+    planned = plan_captured(capture(model, args, kwargs), budget, began)
+    if backend is None:
+        return planned
+    from fxstream.compiled import compile_by
+
+    return replace(planned, run=compile_by(backend, planned.graph_module))
+
+
+def plan_captured(captured: Captured, budget: Budget, began: float) -> Compiled:
+    """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
     graph_module = normalize(captured.graph_module)
     planning = time.perf_counter()
     before = profile(graph_module)
@@ -89,7 +119,7 @@ def compile_call(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     if failed:
         assert allowed is not None
         raise _budget_error(made, budget, allowed, held)
-    return Compiled(captured, streamed.graph_module, made)
+    return Compiled(captured, streamed.graph_module, made, run=streamed.graph_module)
 
 
 def _budget_error(made: Plan, budget: Budget, allowed: int, held: int) -> MemoryBudgetError:

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model, to see that all of it works")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    model, args, kwargs = _model(options.quick)
-    print(f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    model, args, kwargs = svd_model(options.quick)
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     shape = " x ".join(map(str, args[0].shape))
     print(
         f"{type(model).__name__} {model.config.block_out_channels}, latents {shape}, float32, {options.rounds} rounds\n"
@@ -76,7 +76,7 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def _model(quick: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def svd_model(quick: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """A UNet of Stable Video Diffusion's structure; in full, some 5 s a forward on two cores."""
     if quick:
         return catalogue.small("svd-unet", frames=4, batch=1)
@@ -145,7 +145,7 @@ def _table(variants: list[Variant]) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where Linux tells."""
     try:
         with open("/proc/cpuinfo") as info:
