@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench bench-large table table-pipeline pictures clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile table table-pipeline pictures clean
 
 venv: $(STAMP)
 
@@ -57,6 +57,9 @@ bench: venv
 # The decode of a video that needs more memory than there is; many minutes.
 bench-large: venv
 	$(BIN)/python -m fxstream.tools.bench_large
+
+bench-compile: venv
+	$(BIN)/python -m fxstream.tools.bench_compile
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import MemoryBudgetError
-from fxstream.module import StreamedModule
+from fxstream.module import Region, StreamedModule
 from fxstream.passes.capture import Captured, Inputs, capture
 from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
@@ -24,12 +24,14 @@ from fxstream.report import Plan, make_plan
 class Compiled:
     """A planned call: the rewritten graph, how to call it, and the plan that it carries out.
 
-    ``resident`` is what was held beside it when it was planned, where that is more than the graph's own weights.
+    ``resident`` is what was held beside it when it was planned, where that is more than the graph's own weights. ``run``
+    is the graph as it is or compiled: flat tensors in, flat tensors out.
     """
 
     captured: Captured
     graph_module: fx.GraphModule
     plan: Plan
+    run: Callable[..., Sequence[torch.Tensor]]
     resident: Resident | None = None
 
 
@@ -70,6 +72,7 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     allow_recompute: bool = False,
+    compile: str | None = None,
     resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
     **call: Any,
 ) -> Any:
@@ -79,6 +82,9 @@ def optimize(
     or a float in (0, 1), the share of the captured graph's activation peak; or ``"min"``, the lowest reachable.
     ``allow_recompute`` lets large values be computed again where holding them would break the budget; the plan tells
     how many operations that adds.
+
+    ``compile`` names a backend of torch.compile, such as ``"inductor"``, that compiles what is planned: the loops'
+    bodies, each once, and what is between the loops.
 
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
@@ -92,16 +98,21 @@ def optimize(
     now. ``restore`` undoes it.
     """
     budget = Budget.parse(memory_budget)
+    backend = None
+    if compile is not None:
+        from fxstream.compiled import check_compiler  # and with it Dynamo, which takes seconds
+
+        backend = check_compiler(compile, "compile")
     if is_pipeline(model):
         from fxstream.pipeline import optimize_pipeline
 
-        keywords = {"memory_budget": memory_budget, "allow_recompute": allow_recompute}
+        keywords = {"memory_budget": memory_budget, "allow_recompute": allow_recompute, "compile": compile}
         return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call))
     _refuse(call, "optimize", model)
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
-        return compile_call(model, args, kwargs, budget, allow_recompute, held)
+        return compile_call(model, args, kwargs, budget, allow_recompute, held, backend)
 
     def fits(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> bool:
         if resident is None or compiled.resident is None or budget.total_bytes is None:
@@ -109,7 +120,7 @@ def optimize(
         held, made = resident(tensors).bytes, compiled.plan
         return held <= max(compiled.resident.bytes, budget.total_bytes - made.input_bytes - made.after.peak_bytes)
 
-    streamed = StreamedModule(model, compiler, fits)
+    streamed = StreamedModule(model, compiler, Region(budget, backend, allow_recompute), fits)
     if example_args is not None or example_kwargs is not None:
         streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
     return streamed
@@ -150,10 +161,26 @@ def compile_call(
     budget: Budget,
     allow_recompute: bool = False,
     resident: Resident | None = None,
+    backend: str | None = None,
 ) -> Compiled:
-    """Capture, plan and rewrite one call."""
+    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
     began = time.perf_counter()
-    captured = capture(model, args, kwargs)
+    planned = plan_captured(capture(model, args, kwargs), budget, began, allow_recompute, resident)
+    if backend is None:
+        return planned
+    from fxstream.compiled import compile_by
+
+    return replace(planned, run=compile_by(backend, planned.graph_module))
+
+
+def plan_captured(
+    captured: Captured,
+    budget: Budget,
+    began: float,
+    allow_recompute: bool = False,
+    resident: Resident | None = None,
+) -> Compiled:
+    """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
     graph_module = normalize(captured.graph_module)
     planning = time.perf_counter()
     before = profile(graph_module)
@@ -168,7 +195,7 @@ def compile_call(
     if failed:
         assert allowed is not None
         raise _budget_error(made, budget, allowed, held, resident)
-    return Compiled(captured, streamed.graph_module, made, resident)
+    return Compiled(captured, streamed.graph_module, made, streamed.graph_module, resident)
 
 
 def _budget_error(made: Plan, budget: Budget, allowed: int, held: int, resident: Resident | None) -> MemoryBudgetError:

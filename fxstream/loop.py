@@ -5,6 +5,7 @@ This file imports torch alone: a rewritten graph needs nothing else of fxstream 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -133,6 +134,12 @@ class SlicedLoop(nn.Module):
                 output.slice.store(out, start, part)
             del parts, part
         return outs
+
+    def with_bodies(self, bodies: Mapping[str, nn.Module]) -> SlicedLoop:
+        """The same loop over other bodies, by the names that ``bodies`` has them under."""
+        other = copy.copy(self)
+        other._modules = {"bodies": nn.ModuleDict(bodies)}
+        return other
 
     def graphs(self) -> Mapping[str, fx.GraphModule]:
         """The bodies that are graphs, by name."""

@@ -6,9 +6,11 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -18,10 +20,14 @@ from fxstream.passes.capture import TARGET, Inputs, owner
 
 if TYPE_CHECKING:
     from fxstream.api import Compiled
+    from fxstream.budget import Budget
     from fxstream.report import Plan
 
 MOST_ALIKE = 4
 """Plans for calls that differ in a Python number alone, after which one more draws a warning."""
+
+REGIONS: WeakValueDictionary[int, Region] = WeakValueDictionary()
+"""The regions of torch.compile's graphs that streamed modules are, by their tokens."""
 
 Compiler = Callable[[Sequence[Any], Mapping[str, Any]], "Compiled"]
 Check = Callable[["Compiled", Sequence[torch.Tensor]], bool]
@@ -40,6 +46,21 @@ _FORWARDED = (
 """Methods of every module that act on the model itself, which may have its own."""
 
 
+@dataclass(eq=False)
+class Region:
+    """A streamed module as torch.compile sees it: what it is planned with, and what becomes of it."""
+
+    budget: Budget
+    backend: str | None
+    allow_recompute: bool = False
+    plans: list[Plan] = field(default_factory=list)
+    graphs: list[Any] = field(default_factory=list)
+    token: int = field(default_factory=count().__next__)
+
+    def __post_init__(self) -> None:
+        REGIONS[self.token] = self
+
+
 class StreamedModule(nn.Module):
     """A module that runs the user's model by a plan, one for each kind of call.
 
@@ -53,15 +74,23 @@ class StreamedModule(nn.Module):
     It can't be copied or pickled: copy the model and optimize the copy.
     """
 
-    def __init__(self, model: Callable[..., Any], compiler: Compiler, fits: Check = lambda compiled, tensors: True):
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        compiler: Compiler,
+        region: Region,
+        fits: Check = lambda compiled, tensors: True,
+    ) -> None:
         super().__init__()
-        module, _ = owner(model)
+        module, function = owner(model)
         self.__dict__["_original"] = module
         self.__dict__[TARGET] = model
+        self.__dict__["_function"] = function
         self.__dict__["__module__"] = type(module).__module__
         for name in _SHARED:
             self.__dict__[name] = getattr(module, name)
         self._compiler = compiler
+        self._region = region
         self._fits = fits
         self._compiled: dict[Any, Compiled] = {}
         self._configuration = Configuration(module)
@@ -112,7 +141,7 @@ class StreamedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
-        return tuple(compiled.plan for compiled in self._compiled.values())
+        return (*(compiled.plan for compiled in self._compiled.values()), *self._region.plans)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""
@@ -123,12 +152,17 @@ class StreamedModule(nn.Module):
 
         Raises ``GradientError`` where autograd would record, and what ``optimize`` raises where the call is planned.
         """
+        if torch.compiler.is_dynamo_compiling():
+            from fxstream.region import region
+
+            function = self.__dict__["_function"]
+            return region(lambda: function(*args, **kwargs), token=self._region.token)
         inputs = Inputs.of(args, kwargs)
         compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
         device = inputs.tensors[0].device.type if inputs.tensors else "cpu"
         # What autocast does is in the graph already.
         with torch.no_grad(), torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
-            return compiled.captured.result(compiled.graph_module(*inputs.tensors))
+            return compiled.captured.result(compiled.run(*inputs.tensors))
 
     def _compiled_for(
         self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True

@@ -376,13 +376,11 @@ def _check_static(exported: torch.export.ExportedProgram, module: nn.Module) -> 
             advice = _VALUES
         else:
             continue
-        frames = [
-            ":".join(frame) for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if _is_users(frame[0])
-        ]
+        frames = [":".join(frame) for frame in FRAME.findall(node.meta.get("stack_trace") or "") if _is_users(frame[0])]
         raise _error(module, module_path(node), frames[-1] if frames else "", what, advice)
 
 
-_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+FRAME = re.compile(r'File "(.+?)", line (\d+)')
 _VALUES = (
     "A Python number, branch or size there depends on a tensor's values. Pass that value as a Python number, "
     "or compute with the tensor itself, as by torch.where."

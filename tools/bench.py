@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in [options.model] if options.model else ["unet", "decoder"]:
-        model, args, kwargs = _unet(options.quick) if name == "unet" else _decoder(options.quick)
+        model, args, kwargs = unet(options.quick) if name == "unet" else _decoder(options.quick)
         module = getattr(model, "__self__", model)
         shape = " x ".join(map(str, args[0].shape))
         widths = module.config.block_out_channels
@@ -81,7 +81,7 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def _unet(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def unet(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A UNet of Stable Video Diffusion's structure; in full, some 5 s a forward on two cores."""
     if quick:
         return catalogue.small("svd-unet", frames=4, batch=1)
