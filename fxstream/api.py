@@ -24,8 +24,8 @@ from fxstream.report import Plan, make_plan
 class Compiled:
     """A planned call: the rewritten graph, how to call it, and the plan that it carries out.
 
-    ``resident`` is what was held beside it when it was planned, where that is more than the graph's own weights. ``run``
-    is the graph as it is or compiled: flat tensors in, flat tensors out.
+    ``resident`` is what was held beside it when it was planned, where that is more than the graph's own weights.
+    ``run`` is the graph as it is or compiled: flat tensors in, flat tensors out.
     """
 
     captured: Captured
