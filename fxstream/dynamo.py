@@ -39,7 +39,9 @@ class PlannedGraph:
         return [inputs[place] for place in self.places]
 
 
-def plan_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], budget: Budget) -> PlannedGraph:
+def plan_graph(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], budget: Budget, allow_recompute: bool = False
+) -> PlannedGraph:
     """Capture and plan one of Dynamo's graphs for inputs like these; runs nothing.
 
     Where a shape or a number is a symbol of Dynamo's, it becomes what it is now, which Dynamo then guards.
@@ -58,7 +60,7 @@ def plan_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], budget: Budg
             weights = {place for place in places if _is_weight(placeholders[place])}
             _weights_out(captured.graph_module, [place if place in weights else None for place in places])
             try:
-                planned = plan_captured(captured, budget, began)
+                planned = plan_captured(captured, budget, began, allow_recompute)
             except MemoryBudgetError as error:
                 error.args = (f"{_where(graph_module)}: {error}",)
                 raise

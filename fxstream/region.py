@@ -92,7 +92,7 @@ def _stream(
 ) -> tuple[PlannedGraph, Streamed]:
     owner = REGIONS[token]
     refuse_gradients(operands, "a streamed module")
-    planned = plan_graph(graph_module, operands, owner.budget)
+    planned = plan_graph(graph_module, operands, owner.budget, owner.allow_recompute)
     compiler = owner.backend or backend
     key = _key(planned.graph_module, compiler)
     made = _STREAMED.get(key)

@@ -9,8 +9,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fxstream
+from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
-from tests.passes.programs import Network, TokenFeedForward, example
+from tests.passes.programs import Branch, Network, TokenFeedForward, example
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +134,18 @@ def test_the_backend_of_a_streamed_module_has_the_say():
     x = torch.randn(7, 32, 16)
     function = torch.compile(streamed, backend="fxstream", options=options, fullgraph=True)
     assert torch.allclose(function(x), streamed._original(x), atol=1e-6)
+
+
+def test_values_are_computed_again_where_that_is_allowed():
+    torch.manual_seed(0)
+    model, x = Branch().eval().requires_grad_(False), torch.randn(1, 16, 6, 32, 32)
+    streamed = fxstream.optimize(model, "min", allow_recompute=True)
+    backend = torch.compile(
+        model, backend="fxstream", options={"memory_budget": "min", "inner": "eager", "allow_recompute": True}
+    )
+    lowest = fxstream.plan(model, (x,), memory_budget="min").after.peak_bytes
+    for function in (compiled(streamed, "eager"), backend):
+        measured = measure_peak(function, x)
+        assert relative_l2(measured.result, model(x)) <= 1e-6
+        assert measured.peak_bytes < 0.8 * lowest
+    assert streamed.plans[0].added_flops

@@ -152,3 +152,19 @@ class Network(nn.Module):
 def example(seed: int) -> Tensor:
     """An input of the networks, (batch * frames, channels, height, width)."""
     return torch.randn(BATCH * FRAMES, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+class Branch(nn.Module):
+    """A residual branch whose second norm has to see all of a convolution before any of its values is used."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(F.silu(norm(y)))
+        return x + y

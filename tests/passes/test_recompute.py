@@ -14,24 +14,9 @@ from fxstream.passes.recompute import recompute
 from fxstream.passes.split_norms import split_norms
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
+from tests.passes.programs import Branch
 
 norm = torch.ops.fxstream
-
-
-class Branch(nn.Module):
-    """A residual branch whose second norm has to see all of a convolution before any of its values is used."""
-
-    def __init__(self, channels=16):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)) for _ in range(2))
-
-    def forward(self, x):
-        x = x * 2
-        y = x
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(torch.nn.functional.silu(norm(y)))
-        return x + y
 
 
 @pytest.fixture
