@@ -7,28 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxstream.api import optimize, plan
+    from fxstream.calibration import Calibration, calibrate
     from fxstream.errors import CaptureError, FxstreamError, GradientError, MemoryBudgetError
     from fxstream.module import StreamedModule
+    from fxstream.rehash import RehashedModule, RehashStats, StepRehash
     from fxstream.report import Plan
 
 __all__ = [
+    "Calibration",
     "CaptureError",
     "FxstreamError",
     "GradientError",
     "MemoryBudgetError",
     "Plan",
+    "RehashStats",
+    "RehashedModule",
+    "StepRehash",
     "StreamedModule",
+    "calibrate",
     "optimize",
     "plan",
 ]
 
 _HOME = {
+    "Calibration": "calibration",
     "CaptureError": "errors",
     "FxstreamError": "errors",
     "GradientError": "errors",
     "MemoryBudgetError": "errors",
     "Plan": "report",
+    "RehashStats": "rehash",
+    "RehashedModule": "rehash",
+    "StepRehash": "rehash",
     "StreamedModule": "module",
+    "calibrate": "calibration",
     "optimize": "api",
     "plan": "api",
 }

@@ -126,7 +126,11 @@ class StreamedModule(nn.Module):
         device = inputs.tensors[0].device.type if inputs.tensors else "cpu"
         # What autocast does is in the graph already.
         with torch.no_grad(), torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
-            return compiled.captured.result(compiled.graph_module(*inputs.tensors))
+            return compiled.captured.result(self._run(compiled, inputs.tensors))
+
+    def _run(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The tensor leaves of the result."""
+        return compiled.graph_module(*tensors)
 
     def _compiled_for(
         self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True
