@@ -12,13 +12,13 @@ from torch import fx
 from fxstream.budget import Budget, format_bytes
 from fxstream.errors import MemoryBudgetError
 from fxstream.module import StreamedModule
-from fxstream.passes.capture import Captured, Inputs, capture
+from fxstream.passes.capture import Captured, capture
 from fxstream.passes.liveness import MemoryProfile, profile
 from fxstream.passes.normalize import normalize
 from fxstream.passes.stream import stream
 from fxstream.rehash import RehashedModule, StepRehash
 from fxstream.report import Plan, make_plan
-from fxstream.steps import StepGraphs
+from fxstream.steps import StepGraphs, places
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ def rehash_module(model: Callable[..., Any], budget: Budget | None, rehash: Step
     """A module that skips steps; without a budget its graphs run as they were captured."""
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> StepGraphs:
+        if rehash.calibration is not None:
+            rehash.calibration.check_model(model)
+        latent, timestep = places(model, args, kwargs, rehash.timestep)
         began = time.perf_counter()
         captured = capture(model, args, kwargs)
         normalize(captured.graph_module)
@@ -90,7 +93,7 @@ def rehash_module(model: Callable[..., Any], budget: Budget | None, rehash: Step
         def fit(graph_module: fx.GraphModule, held_bytes: int) -> tuple[fx.GraphModule, Plan]:
             return fit_graph(graph_module, budget, before, seconds, held_bytes)
 
-        graphs = StepGraphs(model, captured, Inputs.of(args, kwargs), args, kwargs, rehash, fit)
+        graphs = StepGraphs(captured, latent, timestep, rehash, fit)
         graphs.planned(1)
         return graphs
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxstream.module import StreamedModule
-from fxstream.passes.capture import Inputs, capture, owner
+from fxstream.passes.capture import capture, owner
 from fxstream.passes.normalize import normalize
 from fxstream.rehash import Generation, StepRehash
 from fxstream.schedule import key_steps, most_alike
@@ -242,7 +242,7 @@ class Recorder(StreamedModule):
 class _Recorded:
     def __init__(self, model: Callable[..., Any], captured: Any, args: Any, kwargs: Any, settings: Any) -> None:
         self.captured = captured
-        self.latent, self.timestep = places(model, Inputs.of(args, kwargs), args, kwargs, settings[0].timestep)
+        self.latent, self.timestep = places(model, args, kwargs, settings[0].timestep)
         graph = captured.graph_module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.results = len(graph.output_node().args[0])

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import fx
 
 from fxstream.budget import format_bytes
-from fxstream.passes.capture import Captured, Inputs, flatten, owner
+from fxstream.passes.capture import Captured, Inputs, bind, flatten, owner
 from fxstream.passes.cut import find_cut, first_joint
 from fxstream.passes.flops import flops
 from fxstream.passes.split import Split, split, subgraph
@@ -90,25 +90,14 @@ class StepGraphs:
     """A captured call, split at its cut.
 
     ``latent`` and ``timestep`` are the indices of these among the call's tensors; ``results`` counts the model's own.
-    Raises ``ValueError`` where they or the cut can't be found.
+    Raises ``ValueError`` where the cut can't be made.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        captured: Captured,
-        inputs: Inputs,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rehash: StepRehash,
-        fit: Fit,
-    ) -> None:
-        if rehash.calibration is not None:
-            rehash.calibration.check_model(model)
+    def __init__(self, captured: Captured, latent: int, timestep: int, rehash: StepRehash, fit: Fit) -> None:
         self.captured = captured
         self.rehash = rehash
         self.fit = fit
-        self.latent, self.timestep = places(model, inputs, args, kwargs, rehash.timestep)
+        self.latent, self.timestep = latent, timestep
         graph_module = captured.graph_module
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         here = placeholders[self.latent], placeholders[self.timestep]
@@ -164,15 +153,16 @@ def cut_graph(graph_module: fx.GraphModule, latent: fx.Node, timestep: fx.Node, 
 
 
 def places(
-    model: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
 ) -> tuple[int, int]:
     """The indices of the latent and of the timestep among a call's tensors.
 
     The timestep is the argument called so (or ``name``), else the only tensor of at most one dimension; the latent is
-    the first of the signature's other tensors.
+    the first of the signature's other tensors. Raises ``ValueError`` where they can't be told.
     """
-    module, function = owner(model)
-    bound = inspect.signature(module.forward if function is module else function).bind(*args, **kwargs)
+    module, _ = owner(model)
+    bound = bind(model, args, kwargs)
+    inputs = Inputs.of(args, kwargs)
     arguments: dict[str, Any] = {}
     for parameter, value in bound.arguments.items():
         kind = bound.signature.parameters[parameter].kind

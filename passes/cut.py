@@ -26,7 +26,7 @@ from fxstream.passes.liveness import bytes_of
 aten = torch.ops.aten
 
 PRESETS = ("auto", "paper", "deepcache")
-NEGLIGIBLE = 1e-5
+NEGLIGIBLE = 1e-4
 """Nodes of less than this share of the FLOPs, such as an embedding's, are not worth bytes."""
 
 CONCATENATIONS = {aten.cat.default, aten.concat.default}

@@ -95,7 +95,7 @@ class TestErrors:
         other = Denoiser()
         other.more = torch.nn.Linear(1, 1)
         with pytest.raises(ValueError, match="the calibration is of another model: of Denoiser-"):
-            StepRehash(calibration=calibration, gamma=0.9).around(other.eval())(
+            StepRehash(calibration=calibration, gamma=0.9).around(other.eval().requires_grad_(False))(
                 torch.randn(1, 4, 3, 8, 8), torch.tensor(1000.0)
             )
 

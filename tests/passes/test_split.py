@@ -43,9 +43,8 @@ def test_both_graphs_compute_what_the_model_does(graph_module, tensors, where):
     assert len(made.skip.graph.nodes) < len(graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["svd-unet", "animatediff-unet"])
-def test_a_unet_of_diffusers(name):
-    model, args, kwargs = small(name, frames=2, height=16, width=16, batch=1)
+def test_a_unet_of_diffusers():
+    model, args, kwargs = small("svd-unet", frames=2, height=16, width=16, batch=1)
     captured = capture(model, args, kwargs)
     graph_module = normalize(captured.graph_module)
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
@@ -102,7 +101,7 @@ def test_subgraph_computes_values_alone(graph_module, tensors):
 class TestErrors:
     def test_a_value_that_the_output_does_not_depend_on(self, graph_module):
         first, second = (find_cut(graph_module, path, *places(graph_module)) for path in ("up_blocks.0", "up_blocks.2"))
-        with pytest.raises(ValueError, match="the output does not depend on the cut at .* of up_blocks.0"):
+        with pytest.raises(ValueError, match=r"the output does not depend on the cut at .* of up_blocks.0"):
             split(graph_module, [*first, *second])
 
     def test_an_input(self, graph_module):
