@@ -20,7 +20,7 @@ from fxstream.module import StreamedModule
 
 if TYPE_CHECKING:
     from fxstream.calibration import Calibration
-    from fxstream.steps import Planned, StepGraphs
+    from fxstream.steps import Planned, RehashPlan, StepGraphs
 
 MOST_CALLS = 8
 """Calls at one timestep, each with a cache of its own; one more starts a new generation."""
@@ -277,6 +277,11 @@ class RehashedModule(StreamedModule):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def plans(self) -> tuple[RehashPlan, ...]:  # type: ignore[override]
+        """The plans made so far, in the order of their first calls."""
+        return tuple(graphs.plan for graphs in self._compiled.values())  # type: ignore[misc]
 
     @property
     def enabled(self) -> bool:

@@ -18,8 +18,8 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> i
     return sdpa_flop_count(query, key, value)
 
 
-# The CPU's attention kernel counts as a GPU's does; torch has no formula under its name.
-_MORE = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""What torch has no formula for under its name: the CPU's attention kernel, which counts as a GPU's does."""
 
 
 def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
@@ -35,7 +35,7 @@ def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
                 continue
             key = _key(node)
             if key not in known:
-                with FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+                with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
                     evaluate(node)
                 known[key] = counter.get_total_flops()
             counted[node] = known[key]

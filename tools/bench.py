@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model, args, kwargs = _model(options.quick)
-    print(f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     shape = " x ".join(map(str, args[0].shape))
     print(
         f"{type(model).__name__} {model.config.block_out_channels}, latents {shape}, float32, {options.rounds} rounds\n"
@@ -145,7 +145,7 @@ def _table(variants: list[Variant]) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where Linux tells."""
     try:
         with open("/proc/cpuinfo") as info:

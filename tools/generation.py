@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, UNetMotionModel
 from torch import nn
 from torch.nn import functional
 
-from fxstream.tools.shapes import FRAMES, SHAPES, SIZE
+from fxstream.tools.shapes import FRAMES, MOTIONS, SHAPES, SIZE
 
 FOLDER = Path(__file__).with_name("demo_model")
 PATCH = 2
@@ -23,6 +23,7 @@ LABELS = 8
 """Channels of a label: one a shape, one a motion, one for none."""
 
 LABEL_SCALE = 4.0
+GUIDANCE = 2.0
 
 CONFIGURATION: dict[str, Any] = {
     "sample_size": SIZE // PATCH,
@@ -79,19 +80,25 @@ def label_embedding(shape: torch.Tensor, motion: torch.Tensor, kept: torch.Tenso
     return (LABEL_SCALE * label)[:, None].repeat_interleave(FRAMES, dim=0)
 
 
+def label_of(seed: int) -> tuple[int, int]:
+    """The shape and the motion of a seed's clip, as indices into ``SHAPES`` and ``MOTIONS``."""
+    return seed % len(SHAPES), seed // len(SHAPES) % len(MOTIONS)
+
+
 def generate(
-    model: Callable[..., Any], labels: Sequence[tuple[int, int]], seed: int, steps: int = 25, guidance: float = 2.0
+    model: Callable[..., Any], seeds: Sequence[int], steps: int = 25, guidance: float = GUIDANCE
 ) -> torch.Tensor:
-    """One clip for each label (indices into ``SHAPES`` and ``MOTIONS``) -> (count, frames, 3, size, size) in [-1, 1].
+    """One clip for each seed -> (count, frames, 3, size, size) in [-1, 1]. Seeds go through the labels in turn.
 
     Both halves of classifier-free guidance are one call of ``model`` a step.
     """
     scheduler = noise_schedule()
     scheduler.set_timesteps(steps)
+    labels = [label_of(seed) for seed in seeds]
     shape, motion = (torch.tensor(index).repeat(2) for index in zip(*labels, strict=True))
     label = label_embedding(shape, motion, torch.arange(2 * len(labels)) < len(labels))
-    generator = torch.Generator().manual_seed(seed)
-    clips = torch.randn(len(labels), 3 * PATCH**2, FRAMES, SIZE // PATCH, SIZE // PATCH, generator=generator)
+    size = (3 * PATCH**2, FRAMES, SIZE // PATCH, SIZE // PATCH)
+    clips = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             given, free = model(torch.cat([clips, clips]), timestep, label, return_dict=False)[0].chunk(2)

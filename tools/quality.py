@@ -30,7 +30,7 @@ class Quality:
 
     ``two_colours`` is the share of pixels that are of the ground's colour or of the shape's, the latter being the same
     one in all frames; ``area`` the mean share of a frame that is not ground; ``steady_area`` its standard deviation
-    over frames, relative to it; ``motion`` the largest way, in pixels, that the middle of the shape goes between frames.
+    over frames, relative to it; ``motion`` the longest way, in pixels, that the middle of the shape goes in one frame.
     """
 
     two_colours: torch.Tensor
