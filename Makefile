@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv test fuzz lint format demo bench table clean
+.PHONY: venv test fuzz lint format demo bench bench-rehash table clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,10 @@ demo: venv
 
 bench: venv
 	$(BIN)/python -m fxstream.tools.bench
+
+# SEEDS=4 for a quick look.
+bench-rehash: venv
+	$(BIN)/python -m fxstream.tools.bench_rehash --seeds $(or $(SEEDS),16) --plots docs/step-rehash
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table

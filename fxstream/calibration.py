@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fxstream.module import StreamedModule
 from fxstream.passes.capture import capture, owner
 from fxstream.passes.normalize import normalize
+from fxstream.passes.split import returning
 from fxstream.rehash import Generation, StepRehash
 from fxstream.schedule import key_steps, most_alike
-from fxstream.steps import cut_graph, places
+from fxstream.steps import cut_values, places
 
 FORMAT = 1
 """Version of the JSON file."""
@@ -223,10 +224,11 @@ class Recorder(StreamedModule):
             if place.step != len(self.times):
                 raise ValueError(f"a second generation began at timestep {now:g}: calibrate with one at a time")
             self.times.append(now)
-        for number, graph in enumerate(compiled.splits):
-            found = graph.full(*tensors)
-            values = [x.flatten().to("cpu", torch.float32) for x in found[compiled.results :]]
-            self._values.setdefault((number, place.call), {})[place.step] = torch.cat(values)
+        found = compiled.graph_module(*tensors)
+        values = iter(found[compiled.results :])
+        for number, count in enumerate(compiled.counts):
+            held = [next(values).flatten().to("cpu", torch.float32) for _ in range(count)]
+            self._values.setdefault((number, place.call), {})[place.step] = torch.cat(held)
         return found[: compiled.results]
 
     def similarity(self) -> list[Tensor]:
@@ -240,11 +242,15 @@ class Recorder(StreamedModule):
 
 
 class _Recorded:
+    """A captured call whose graph also returns the values of all cuts, ``counts`` of each."""
+
     def __init__(self, model: Callable[..., Any], captured: Any, args: Any, kwargs: Any, settings: Any) -> None:
         self.captured = captured
         self.latent, self.timestep = places(model, args, kwargs, settings[0].timestep)
-        graph = captured.graph_module.graph
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        self.results = len(graph.output_node().args[0])
+        graph_module = captured.graph_module
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         here = placeholders[self.latent], placeholders[self.timestep]
-        self.splits = [cut_graph(captured.graph_module, *here, each) for each in settings]
+        self.results = len(graph_module.graph.output_node().args[0])
+        cuts = [cut_values(graph_module, *here, each) for each in settings]
+        self.counts = [len(cut) for cut in cuts]
+        self.graph_module = returning(graph_module, [node for cut in cuts for node in cut])

@@ -14,7 +14,7 @@ from fxstream.budget import format_bytes
 from fxstream.passes.capture import Captured, Inputs, bind, flatten, owner
 from fxstream.passes.cut import find_cut, first_joint
 from fxstream.passes.flops import flops
-from fxstream.passes.split import Split, split, subgraph
+from fxstream.passes.split import split, subgraph
 from fxstream.report import Plan
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class StepGraphs:
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         here = placeholders[self.latent], placeholders[self.timestep]
         self.results = len(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.split = cut_graph(graph_module, *here, rehash)
+        self.split = split(graph_module, cut_values(graph_module, *here, rehash))
         self.watch = None if rehash.threshold is None else subgraph(graph_module, [first_joint(graph_module, *here)])
         graphs = [graph_module, self.split.skip, *([self.watch] if self.watch else [])]
         self.flops = [sum(flops(graph).values()) for graph in graphs]
@@ -145,11 +145,11 @@ class StepGraphs:
         return self._planned[calls]
 
 
-def cut_graph(graph_module: fx.GraphModule, latent: fx.Node, timestep: fx.Node, rehash: StepRehash) -> Split:
-    """The graph, split where ``rehash`` says."""
+def cut_values(graph_module: fx.GraphModule, latent: fx.Node, timestep: fx.Node, rehash: StepRehash) -> list[fx.Node]:
+    """The values at which ``rehash`` cuts a graph."""
     names = [rehash.cut] if isinstance(rehash.cut, str) else rehash.cut
-    found = [find_cut(graph_module, name, latent, timestep, branch=rehash.branch, keep=rehash.keep) for name in names]
-    return split(graph_module, list(dict.fromkeys(node for nodes in found for node in nodes)))
+    cuts = [find_cut(graph_module, name, latent, timestep, branch=rehash.branch, keep=rehash.keep) for name in names]
+    return list(dict.fromkeys(node for cut in cuts for node in cut))
 
 
 def places(

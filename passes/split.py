@@ -49,17 +49,10 @@ def split(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> Split:
     _check(graph_module, skip, cut)
     paths = tuple(module_path(node) for node in cut)
     size = sum(bytes_of(node.meta["val"]) for node in cut)
-    return Split(_full(graph_module, cut), skip, tuple(node.name for node in cut), paths, size)
+    return Split(returning(graph_module, cut), skip, tuple(node.name for node in cut), paths, size)
 
 
-def subgraph(graph_module: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
-    """The graph that computes these values alone, from the same inputs."""
-    graph, env = _copied(graph_module, {})
-    graph.output(tuple(env[node] for node in values))
-    return _module(graph_module, graph)
-
-
-def _full(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
+def returning(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
     """The graph with the cut's values among its outputs, dense, each in a storage that nothing else is returned in."""
     graph, env = _copied(graph_module, {})
     results = [env[node] for node in _results(graph_module.graph)]
@@ -74,6 +67,13 @@ def _full(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModul
         held.add(key)
         values.append(value)
     graph.output((*results, *values))
+    return _module(graph_module, graph)
+
+
+def subgraph(graph_module: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
+    """The graph that computes these values alone, from the same inputs."""
+    graph, env = _copied(graph_module, {})
+    graph.output(tuple(env[node] for node in values))
     return _module(graph_module, graph)
 
 

@@ -15,12 +15,12 @@ from diffusers import DDIMScheduler, UNetMotionModel
 from torch import nn
 from torch.nn import functional
 
-from fxstream.tools.shapes import FRAMES, MOTIONS, SHAPES, SIZE
+from fxstream.tools.shapes import COLOURS, FRAMES, MOTIONS, SHAPES, SIZE
 
 FOLDER = Path(__file__).with_name("demo_model")
 PATCH = 2
-LABELS = 8
-"""Channels of a label: one a shape, one a motion, one for none."""
+LABELS = 16
+"""Channels of a label: one a shape, one a motion, one for no label, one a colour, and two to spare."""
 
 LABEL_SCALE = 4.0
 GUIDANCE = 2.0
@@ -69,20 +69,23 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return functional.pixel_shuffle(packed.transpose(1, 2), PATCH)
 
 
-def label_embedding(shape: torch.Tensor, motion: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def label_embedding(
+    shape: torch.Tensor, motion: torch.Tensor, colour: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
     """One token a frame (batch * frames, 1, channels); where a label is not ``kept``, that of no label."""
     label = torch.zeros(len(shape), LABELS)
-    clip = torch.arange(len(shape))
+    clip, none = torch.arange(len(shape)), len(SHAPES) + len(MOTIONS)
     label[clip, shape] = 1
     label[clip, len(SHAPES) + motion] = 1
+    label[clip, none + 1 + colour] = 1
     label[~kept] = 0
-    label[~kept, -1] = 1
+    label[~kept, none] = 1
     return (LABEL_SCALE * label)[:, None].repeat_interleave(FRAMES, dim=0)
 
 
-def label_of(seed: int) -> tuple[int, int]:
-    """The shape and the motion of a seed's clip, as indices into ``SHAPES`` and ``MOTIONS``."""
-    return seed % len(SHAPES), seed // len(SHAPES) % len(MOTIONS)
+def label_of(seed: int) -> tuple[int, int, int]:
+    """The shape, motion and colour of a seed's clip, as indices into ``SHAPES``, ``MOTIONS`` and ``COLOURS``."""
+    return seed % len(SHAPES), seed // len(SHAPES) % len(MOTIONS), seed % len(COLOURS)
 
 
 def generate(
@@ -95,8 +98,8 @@ def generate(
     scheduler = noise_schedule()
     scheduler.set_timesteps(steps)
     labels = [label_of(seed) for seed in seeds]
-    shape, motion = (torch.tensor(index).repeat(2) for index in zip(*labels, strict=True))
-    label = label_embedding(shape, motion, torch.arange(2 * len(labels)) < len(labels))
+    shape, motion, colour = (torch.tensor(index).repeat(2) for index in zip(*labels, strict=True))
+    label = label_embedding(shape, motion, colour, torch.arange(2 * len(labels)) < len(labels))
     size = (3 * PATCH**2, FRAMES, SIZE // PATCH, SIZE // PATCH)
     clips = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """A procedural data set of video clips: one coloured shape that slides, bounces or turns on a dark ground.
 
-A clip is 8 frames of 32 x 32 pixels, labelled by its shape and its motion. Every number that `quality` measures holds
-for a real clip by the way it is drawn, and for noise it does not.
+A clip is 8 frames of 32 x 32 pixels, labelled by its shape, motion and colour. `quality` tells such clips from others.
 """
 
 from __future__ import annotations
@@ -24,24 +23,23 @@ SHARPNESS = 2.0
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips of shape (count, frames, 3, size, size) in [-1, 1], and the index of each one's shape and motion."""
+    """Clips of shape (count, frames, 3, size, size) in [-1, 1], and each one's shape, motion and colour as indices."""
 
     video: torch.Tensor
     shape: torch.Tensor
     motion: torch.Tensor
+    colour: torch.Tensor
 
 
-def draw(count: int, generator: torch.Generator, label: tuple[int, int] | None = None) -> Clips:
-    """Draw clips at random: of all labels, or of one (indices into ``SHAPES`` and ``MOTIONS``)."""
+def draw(count: int, generator: torch.Generator) -> Clips:
+    """Draw clips of all labels at random."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     shape = torch.randint(len(SHAPES), (count,), generator=generator)
     motion = torch.randint(len(MOTIONS), (count,), generator=generator)
-    if label is not None:
-        shape, motion = torch.full_like(shape, label[0]), torch.full_like(motion, label[1])
-    colour = COLOURS[torch.randint(len(COLOURS), (count,), generator=generator)]
+    colour = torch.randint(len(COLOURS), (count,), generator=generator)
     radius, start_angle = uniform(*RADII), uniform(0, 2 * math.pi)
     time = torch.arange(FRAMES, dtype=torch.float32)
 
@@ -67,7 +65,7 @@ def draw(count: int, generator: torch.Generator, label: tuple[int, int] | None =
     centre = torch.stack([slide, bounce, turn])[motion, torch.arange(count)]
     angle = torch.where((motion == MOTIONS.index("turn"))[:, None], angle, start_angle[:, None])
     inside = _inside(shape, centre, angle, radius)[:, :, None]
-    return Clips(GROUND + inside * (colour[:, None, :, None, None] - GROUND), shape, motion)
+    return Clips(GROUND + inside * (COLOURS[colour][:, None, :, None, None] - GROUND), shape, motion, colour)
 
 
 def _inside(shape: torch.Tensor, centre: torch.Tensor, angle: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:

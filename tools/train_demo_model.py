@@ -94,7 +94,8 @@ class Training:
         spread = (torch.arange(batch) + torch.rand(batch, generator=self.generator)) / batch
         timestep = (spread * self.scheduler.config.num_train_timesteps).long()
         noise = torch.randn(clean.shape, generator=self.generator)
-        label = label_embedding(clips.shape, clips.motion, torch.rand(batch, generator=self.generator) >= DROPPED)
+        kept = torch.rand(batch, generator=self.generator) >= DROPPED
+        label = label_embedding(clips.shape, clips.motion, clips.colour, kept)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         predicted = self.model(noisy, timestep, label, return_dict=False)[0]
         loss = functional.mse_loss(predicted, self.scheduler.get_velocity(clean, noise, timestep))
@@ -103,10 +104,10 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        kept = min(0.998, self.step / (self.step + 9))
+        memory = min(0.998, self.step / (self.step + 9))
         with torch.no_grad():
             for mean, weight in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(weight, 1 - kept)
+                mean.lerp_(weight, 1 - memory)
         return loss.item()
 
     def write(self, folder: Path) -> None:
