@@ -270,6 +270,8 @@ class RehashedModule(StreamedModule):
         self._rehash = rehash
         self._enabled = True
         self._lock = threading.Lock()
+        # What a step does depends on the steps before it: torch.compile has to leave that to Python.
+        self._apart = torch.compiler.disable(StreamedModule.forward)
         self.reset()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -277,6 +279,10 @@ class RehashedModule(StreamedModule):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on these inputs, or what a skipped step needs of it. Raises as a streamed module does."""
+        return self._apart(self, *args, **kwargs)
 
     @property
     def plans(self) -> tuple[RehashPlan, ...]:  # type: ignore[override]

@@ -31,7 +31,8 @@ class Quality:
 
     ``one_colour`` is the share of the pixels that are not ground, those of the shape's edge among them, that are of one
     and the same colour in all frames; ``area`` the mean share of a frame that is not ground; ``steady_area`` its
-    standard deviation over frames, relative to it; ``motion`` the longest way, in pixels, that the middle of the shape goes in one frame.
+    standard deviation over frames, relative to it; ``motion`` the longest way, in pixels, that the middle of the shape
+    goes from one frame to the next.
     """
 
     one_colour: torch.Tensor

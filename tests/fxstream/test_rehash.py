@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxstream
 from fxstream import StepRehash
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
 from tests.denoiser import CHANNELS, Denoiser, generate, latent, times
+
+PARTS = ("full", "skip")
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +261,31 @@ class TestControl:
             graphs._planned[1] = planned
             found = module(latent(1), torch.tensor(300.0))
             assert relative_l2(found, model(latent(1), torch.tensor(300.0))) <= 1e-6
+
+
+class TestCompile:
+    def test_both_graphs_are_static(self, rehashed):
+        """Each is compiled once, as one graph, and serves all steps."""
+        module, backend = rehashed(every=2, warm_up=2), CompileCounterWithBackend("eager")
+        expected = generate(module, steps=7)
+        (graphs,) = module._compiled.values()
+        planned = graphs.planned(1)
+        compiled = {name: torch.compile(getattr(planned, name), backend=backend, fullgraph=True) for name in PARTS}
+        graphs._planned[1] = replace(planned, **compiled)
+        assert torch.equal(generate(module, steps=7), expected)
+        assert backend.frame_count == 2
+
+    def test_a_compiled_caller_leaves_it_alone(self, rehashed):
+        module, backend = rehashed(every=2), CompileCounterWithBackend("eager")
+        expected = generate(module, steps=5)
+        module.reset()
+        doubled = torch.compile(lambda x, time: 2 * module(2 * x, time, None), backend=backend)
+        x = latent()
+        with torch.no_grad():
+            for time in times(5):
+                x = x - doubled(x / 2, time) / 10
+        assert torch.equal(x, expected)
+        assert counts(module) == (3, 2)
 
 
 class TestBudget:
