@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile table table-pipeline pictures clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-pipeline pictures clean
 
 venv: $(STAMP)
 
@@ -60,6 +60,10 @@ bench-large: venv
 
 bench-compile: venv
 	$(BIN)/python -m fxstream.tools.bench_compile
+
+# SEEDS=4 for a quick look.
+bench-rehash: venv
+	$(BIN)/python -m fxstream.tools.bench_rehash --seeds $(or $(SEEDS),16) --plots docs/step-rehash
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table

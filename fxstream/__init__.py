@@ -7,32 +7,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxstream.api import optimize, plan, restore
+    from fxstream.calibration import Calibration, calibrate
     from fxstream.errors import CaptureError, FxstreamError, GradientError, MemoryBudgetError
     from fxstream.module import StreamedModule
     from fxstream.pipeline_plan import PipelinePlan
+    from fxstream.rehash import RehashedModule, RehashStats, StepRehash
     from fxstream.report import Plan
 
 __all__ = [
+    "Calibration",
     "CaptureError",
     "FxstreamError",
     "GradientError",
     "MemoryBudgetError",
     "PipelinePlan",
     "Plan",
+    "RehashStats",
+    "RehashedModule",
+    "StepRehash",
     "StreamedModule",
+    "calibrate",
     "optimize",
     "plan",
     "restore",
 ]
 
 _HOME = {
+    "Calibration": "calibration",
     "CaptureError": "errors",
     "FxstreamError": "errors",
     "GradientError": "errors",
     "MemoryBudgetError": "errors",
     "PipelinePlan": "pipeline_plan",
     "Plan": "report",
+    "RehashStats": "rehash",
+    "RehashedModule": "rehash",
+    "StepRehash": "rehash",
     "StreamedModule": "module",
+    "calibrate": "calibration",
     "optimize": "api",
     "plan": "api",
     "restore": "api",

@@ -12,12 +12,14 @@ from torch import fx, nn
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import MemoryBudgetError
-from fxstream.module import Region, StreamedModule
+from fxstream.module import Check, Region, StreamedModule, always
 from fxstream.passes.capture import Captured, Inputs, capture
-from fxstream.passes.liveness import profile
+from fxstream.passes.liveness import MemoryProfile, profile
 from fxstream.passes.normalize import normalize
 from fxstream.passes.stream import stream
+from fxstream.rehash import RehashedModule, StepRehash
 from fxstream.report import Plan, make_plan
+from fxstream.steps import StepGraphs, places
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     allow_recompute: bool = False,
+    step_rehash: StepRehash | None = None,
     compile: str | None = None,
     resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
     **call: Any,
@@ -88,6 +91,10 @@ def optimize(
 
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
+
+    With ``step_rehash`` some denoising steps are skipped: the result is a ``RehashedModule``, and no longer exact. What
+    is held between steps counts in the budget. Raises ``ValueError`` where the cut can't be made. Of a pipeline, the
+    denoisers skip steps.
 
     ``resident``, given a call's input tensors, says what the device holds beside them and the activations; by itself a
     module is taken to be alone there with the weights that the call uses.
@@ -106,7 +113,12 @@ def optimize(
     if is_pipeline(model):
         from fxstream.pipeline import optimize_pipeline
 
-        keywords = {"memory_budget": memory_budget, "allow_recompute": allow_recompute, "compile": compile}
+        keywords = {
+            "memory_budget": memory_budget,
+            "allow_recompute": allow_recompute,
+            "compile": compile,
+            "step_rehash": step_rehash,
+        }
         return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call))
     _refuse(call, "optimize", model)
 
@@ -114,13 +126,17 @@ def optimize(
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
         return compile_call(model, args, kwargs, budget, allow_recompute, held, backend)
 
-    def fits(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> bool:
+    def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
         if resident is None or compiled.resident is None or budget.total_bytes is None:
             return True
         held, made = resident(tensors).bytes, compiled.plan
-        return held <= max(compiled.resident.bytes, budget.total_bytes - made.input_bytes - made.after.peak_bytes)
+        return held <= max(compiled.resident.bytes, budget.total_bytes - made.input_bytes - made.peak_bytes)
 
-    streamed = StreamedModule(model, compiler, Region(budget, backend, allow_recompute), fits)
+    streamed: StreamedModule
+    if step_rehash is not None:
+        streamed = rehash_module(model, budget, step_rehash, allow_recompute, backend, resident, fits)
+    else:
+        streamed = StreamedModule(model, compiler, Region(budget, backend, allow_recompute), fits)
     if example_args is not None or example_kwargs is not None:
         streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
     return streamed
@@ -164,13 +180,42 @@ def compile_call(
     backend: str | None = None,
 ) -> Compiled:
     """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
+    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
     began = time.perf_counter()
     planned = plan_captured(capture(model, args, kwargs), budget, began, allow_recompute, resident)
-    if backend is None:
-        return planned
-    from fxstream.compiled import compile_by
+    return replace(planned, run=_compiled(backend, planned.graph_module))
 
-    return replace(planned, run=compile_by(backend, planned.graph_module))
+
+def rehash_module(
+    model: Callable[..., Any],
+    budget: Budget | None,
+    rehash: StepRehash,
+    allow_recompute: bool = False,
+    backend: str | None = None,
+    resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
+    fits: Check = always,
+) -> RehashedModule:
+    """A module that skips steps; without a budget its graphs run as they were captured."""
+
+    def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> StepGraphs:
+        if rehash.calibration is not None:
+            rehash.calibration.check_model(model)
+        latent, timestep = places(model, args, kwargs, rehash.timestep)
+        began = time.perf_counter()
+        held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
+        captured = capture(model, args, kwargs)
+        normalize(captured.graph_module)
+        before, seconds = profile(captured.graph_module), time.perf_counter() - began
+
+        def fit(graph_module: fx.GraphModule, held_bytes: int) -> tuple[Callable[..., Any], Plan]:
+            fitted, made = fit_graph(graph_module, budget, seconds, allow_recompute, held, held_bytes, before)
+            return _compiled(backend, fitted), made
+
+        graphs = StepGraphs(captured, latent, timestep, rehash, fit, held)
+        graphs.planned(1)
+        return graphs
+
+    return RehashedModule(model, compiler, rehash, fits)
 
 
 def plan_captured(
@@ -182,25 +227,58 @@ def plan_captured(
 ) -> Compiled:
     """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
     graph_module = normalize(captured.graph_module)
+    fitted, made = fit_graph(graph_module, budget, time.perf_counter() - began, allow_recompute, resident)
+    return Compiled(captured, fitted, made, fitted, resident)
+
+
+def fit_graph(
+    graph_module: fx.GraphModule,
+    budget: Budget | None,
+    seconds: float,
+    allow_recompute: bool = False,
+    resident: Resident | None = None,
+    held_bytes: int = 0,
+    model: MemoryProfile | None = None,
+) -> tuple[fx.GraphModule, Plan]:
+    """Rewrite a graph to a budget, beside ``held_bytes`` that are held for the steps to come.
+
+    ``model`` is the profile of the whole captured graph, if that is another: its weights and inputs are held, and a
+    share refers to its peak. Its capture took ``seconds``.
+    """
     planning = time.perf_counter()
     before = profile(graph_module)
-    held = (before.weight_bytes if resident is None else resident.bytes) + int(before.input_bytes)
-    allowed = budget.activation_bytes(before.peak_bytes, held)
+    model = model or before
+    held = (model.weight_bytes if resident is None else resident.bytes) + int(model.input_bytes) + held_bytes
+    if budget is None:
+        allowed: int | None = before.peak_bytes
+    elif budget.share is not None:
+        allowed = int(budget.share * model.peak_bytes) - held_bytes
+    else:
+        allowed = budget.activation_bytes(model.peak_bytes, held)
     streamed = stream(graph_module, allowed, allow_recompute)
     failed = allowed is not None and streamed.after.peak_bytes > allowed
     if failed:
         streamed = stream(graph_module, None, allow_recompute)
-    seconds = {"capture": planning - began, "planning": time.perf_counter() - planning}
-    made = make_plan(before, streamed, allowed, seconds)
+    made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
     if failed:
-        assert allowed is not None
-        raise _budget_error(made, budget, allowed, held, resident)
-    return Compiled(captured, streamed.graph_module, made, streamed.graph_module, resident)
+        assert allowed is not None and budget is not None
+        raise _budget_error(made, budget, allowed, held, held_bytes, resident)
+    return streamed.graph_module, made
 
 
-def _budget_error(made: Plan, budget: Budget, allowed: int, held: int, resident: Resident | None) -> MemoryBudgetError:
+def _compiled(backend: str | None, graph_module: fx.GraphModule) -> Callable[..., Any]:
+    if backend is None:
+        return graph_module
+    from fxstream.compiled import compile_by
+
+    return compile_by(backend, graph_module)
+
+
+def _budget_error(
+    made: Plan, budget: Budget, allowed: int, held: int, cached: int, resident: Resident | None
+) -> MemoryBudgetError:
     account = "activations alone" if budget.share is not None else "weights, inputs and activations"
-    extra = 0 if budget.share is not None else held
+    extra = cached if budget.share is not None else held
     lowest = made.after.peak_bytes + extra
     largest = made.after.holders[0] if made.after.holders else None
     where = made.after.nodes[made.after.peak_index]
@@ -213,9 +291,11 @@ def _budget_error(made: Plan, budget: Budget, allowed: int, held: int, resident:
     if largest is not None:
         message += f", where the largest tensor is {largest.node} of {largest.module_path or 'the model'}"
         message += f" ({format_bytes(largest.bytes)})"
-    if extra and held >= allowed + extra:
-        message += f". Weights and inputs alone hold {format_bytes(held)}"
-    elif stage and extra:
+    if cached:
+        message += f". Held between steps: {format_bytes(cached)}"
+    if budget.share is None and held >= allowed + extra:
+        message += f". Weights and inputs alone hold {format_bytes(held - cached)}"
+    elif stage and budget.share is None:
         message += f". Beside its activations the pipeline holds {format_bytes(held)}"
     message += (
         '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'

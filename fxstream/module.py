@@ -61,6 +61,11 @@ class Region:
         REGIONS[self.token] = self
 
 
+def always(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
+    """The check of a plan that what else is held can't break."""
+    return True
+
+
 class StreamedModule(nn.Module):
     """A module that runs the user's model by a plan, one for each kind of call.
 
@@ -78,8 +83,8 @@ class StreamedModule(nn.Module):
         self,
         model: Callable[..., Any],
         compiler: Compiler,
-        region: Region,
-        fits: Check = lambda compiled, tensors: True,
+        region: Region | None = None,
+        fits: Check = always,
     ) -> None:
         super().__init__()
         module, function = owner(model)
@@ -141,7 +146,7 @@ class StreamedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
-        return (*(compiled.plan for compiled in self._compiled.values()), *self._region.plans)
+        return (*(compiled.plan for compiled in self._compiled.values()), *(self._region.plans if self._region else ()))
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""
@@ -152,7 +157,7 @@ class StreamedModule(nn.Module):
 
         Raises ``GradientError`` where autograd would record, and what ``optimize`` raises where the call is planned.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() and self._region is not None:
             from fxstream.region import region
 
             function = self.__dict__["_function"]
@@ -162,7 +167,11 @@ class StreamedModule(nn.Module):
         device = inputs.tensors[0].device.type if inputs.tensors else "cpu"
         # What autocast does is in the graph already.
         with torch.no_grad(), torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
-            return compiled.captured.result(compiled.run(*inputs.tensors))
+            return compiled.captured.result(self._run(compiled, inputs.tensors))
+
+    def _run(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The tensor leaves of the result."""
+        return compiled.run(*tensors)
 
     def _compiled_for(
         self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True

@@ -6,7 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from fxstream.offload import hooks_removed, offloaded
 from fxstream.passes.capture import flatten, owner
 from fxstream.passes.liveness import storages_of
 from fxstream.pipeline_plan import PipelinePlan, StagePlan
+from fxstream.rehash import RehashedModule
 from fxstream.rehearsal import Rehearsal, Rehearsed, rehearse
 from fxstream.report import Plan
+from fxstream.steps import RehashPlan
 from fxstream.switches import turn_off
 
 WHOLE = 1 << 62
@@ -54,8 +56,25 @@ def _stream(
     resident: Callable[[Sequence[torch.Tensor]], Resident] | None,
     keywords: Mapping[str, Any],
 ) -> StreamedModule:
-    """A component's method streamed, as the ``keywords`` of ``optimize`` ask."""
+    """A component's method streamed, as the ``keywords`` of ``optimize`` ask; denoisers alone skip steps."""
+    if "forward" not in streamed_methods(module):
+        keywords = {**keywords, "step_rehash": None}
     return optimize(module if method == "forward" else getattr(module, method), resident=resident, **keywords)
+
+
+def _stage_plan(
+    name: str,
+    calls: int | None,
+    made: Plan | RehashPlan | None,
+    resident: Resident,
+    budget_bytes: int | None,
+    streamed: bool = True,
+) -> StagePlan:
+    """A stage by the plan of its call that holds most."""
+    if isinstance(made, RehashPlan):
+        made, held = made.largest
+        resident = replace(resident, other_bytes=resident.other_bytes + held)
+    return StagePlan(name, calls, made, resident, budget_bytes, streamed)
 
 
 def _kind(stage: StagePlan) -> Any:
@@ -82,7 +101,8 @@ class Stage:
             args = tuple(None if _is_generator(x) else x for x in args)
             kwargs = {name: None if _is_generator(x) else x for name, x in kwargs.items()}
             self._refuse_random(self.streamed.prepare(*args, **kwargs))
-        result = StreamedModule.forward(self.streamed, *args, **kwargs)
+        self._made.enter(self)
+        result = type(self.streamed).forward(self.streamed, *args, **kwargs)
         self._made.add(result)
         return result
 
@@ -99,14 +119,14 @@ class Stage:
     def plans(self, budget_bytes: int | None) -> list[StagePlan]:
         """The plans made so far."""
         return [
-            StagePlan(self.name, None, compiled.plan, compiled.resident, budget_bytes)
+            _stage_plan(self.name, None, compiled.plan, compiled.resident, budget_bytes)
             for compiled in self.streamed._compiled.values()
             if compiled.resident is not None
         ]
 
     def _refuse_random(self, made: Any) -> None:
         compiled = next(compiled for compiled in self.streamed._compiled.values() if compiled.plan is made)
-        for node in compiled.graph_module.graph.nodes:
+        for node in compiled.captured.graph_module.graph.nodes:
             if _draws(node):
                 raise CaptureError(
                     f"{self.name} draws random numbers ({node.target}) from the generator that it is given, which a "
@@ -130,10 +150,20 @@ def _is_generator(value: Any) -> bool:
 
 
 class Made:
-    """The storages of what the stages of a pipeline have returned, as long as something holds them."""
+    """The storages of what the stages of a pipeline have returned, as long as something holds them.
+
+    What a denoiser holds between its steps is forgotten when another stage begins.
+    """
 
     def __init__(self) -> None:
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
+        self._last: weakref.ref[Stage] | None = None
+
+    def enter(self, stage: Stage) -> None:
+        last = self._last() if self._last is not None else None
+        if last is not None and last is not stage and isinstance(last.streamed, RehashedModule):
+            last.streamed.forget()
+        self._last = weakref.ref(stage)
 
     def add(self, result: Any) -> None:
         self._storages = [ref for ref in self._storages if ref() is not None]
@@ -251,7 +281,7 @@ def _plan_all(rehearsal: Rehearsal, keywords: Mapping[str, Any], stages: Sequenc
     errors: dict[str, MemoryBudgetError] = {}
     for found in rehearsal.calls():
         streamed = bool(streamed_methods(rehearsal.modules[found.component]))
-        made: Plan | None
+        made: Plan | RehashPlan | None
         try:
             if streamed:
                 made = _plan_one(rehearsal, found, keywords, of.get((found.component, found.method)))
@@ -260,7 +290,7 @@ def _plan_all(rehearsal: Rehearsal, keywords: Mapping[str, Any], stages: Sequenc
         except MemoryBudgetError as error:
             errors[found.resident.stage] = error
             made = error.plan
-        planned.append(StagePlan(found.resident.stage, found.calls, made, found.resident, total, streamed))
+        planned.append(_stage_plan(found.resident.stage, found.calls, made, found.resident, total, streamed))
     whole = PipelinePlan(tuple(planned))
     over = [stage for stage in planned if stage.fits is False or stage.name in errors]
     if over:
@@ -268,7 +298,9 @@ def _plan_all(rehearsal: Rehearsal, keywords: Mapping[str, Any], stages: Sequenc
     return whole
 
 
-def _plan_one(rehearsal: Rehearsal, found: Rehearsed, keywords: Mapping[str, Any], stage: Stage | None) -> Plan:
+def _plan_one(
+    rehearsal: Rehearsal, found: Rehearsed, keywords: Mapping[str, Any], stage: Stage | None
+) -> Plan | RehashPlan:
     if stage is not None and rehearsal.is_as_called(found):
         stage.expected = found.resident
         try:

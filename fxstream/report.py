@@ -70,6 +70,11 @@ class Plan:
     added_flops: int = 0
 
     @property
+    def peak_bytes(self) -> int:
+        """The most that a call allocates, over weights and inputs."""
+        return self.after.peak_bytes
+
+    @property
     def weight_bytes(self) -> int:
         return self.before.weight_bytes
 

@@ -129,15 +129,17 @@ __all__ = [
 def with_arguments(
     target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of a call with some arguments, by schema name, replaced."""
+    """(args, kwargs) of a call, some arguments replaced by schema name; positional where the schema has them so."""
     names = [argument.name for argument in target._schema.arguments]
     replaced, named = list(args), dict(kwargs)
     for name, value in values.items():
         position = names.index(name)
-        if position < len(replaced):
-            replaced[position] = value
-        else:
+        if target._schema.arguments[position].kwarg_only:
             named[name] = value
+            continue
+        for argument in target._schema.arguments[len(replaced) : position + 1]:
+            replaced.append(named.pop(argument.name, argument.default_value))
+        replaced[position] = value
     return tuple(replaced), named
 
 

@@ -220,7 +220,7 @@ class _Sweep:
             self.traffic += activations - whole + 2 * step * extent
             self.whole += weights + whole
         if self.run.haloed:
-            work = program.flops(index), activations - whole if activations else 0
+            work = program.flops[index], activations - whole if activations else 0
             self.work = [a + b for a, b in zip(self.work, (*work, *(reach * each for each in work)), strict=True)]
         return True
 

@@ -217,6 +217,15 @@ def owner(target: Callable[..., Any]) -> tuple[nn.Module, Callable[..., Any]]:
     raise TypeError(f"expected an nn.Module or a bound method of one, got {type(target).__name__}")
 
 
+def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """A call's arguments by the parameters of the target's signature; ``ValueError`` where it refuses them."""
+    module, function = owner(target)
+    try:
+        return inspect.signature(module.forward if function is module else function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
+
+
 def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
 
@@ -225,10 +234,7 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     """
     module, function = owner(target)
     keywords = dict(kwargs or {})
-    try:
-        inspect.signature(module.forward if function is module else function).bind(*args, **keywords)
-    except TypeError as error:
-        raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
+    bind(target, args, keywords)
     inputs = Inputs.of(args, keywords)
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
     flat = _Flat(module, function, inputs, results.append)

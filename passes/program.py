@@ -13,10 +13,10 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
+from fxstream.passes.flops import flops
 from fxstream.passes.liveness import Liveness, analyze
 from fxstream.passes.propagate import fake_mode_of
 from fxstream.passes.workspace import call_workspace_bytes, has_workspace
@@ -133,21 +133,11 @@ class Program:
             result = _part(call.out, out, part[1] - part[0], dense=True)
             return call_workspace_bytes(call.target, result, args, kwargs)
 
-    def flops(self, index: int) -> int:
-        """Floating point operations of a node's convolutions and matrix products."""
-        value = self.values[index]
-        key = ("flops", value.key)
-        if key not in self._memo:
-            with torch.no_grad(), self.mode, FlopCounterMode(display=False) as counter:
-                if isinstance(value.call.target, OpOverload) and not self.is_view(index):
-                    value.call.target(*value.call.args, **value.call.kwargs)
-            self._memo[key] = counter.get_total_flops()
-        return self._memo[key]
-
     @cached_property
-    def total_flops(self) -> int:
-        """Floating point operations of all nodes."""
-        return sum(self.flops(index) for index in range(len(self)))
+    def flops(self) -> list[int]:
+        """Floating point operations of each node's convolutions, matrix products and attention."""
+        counted = flops(self.graph_module)
+        return [counted.get(value.node, 0) for value in self.values]
 
     def backward(self, index: int, out: Slice) -> Cut | None:
         """The rule's cut for a slice of the node's output."""

@@ -17,6 +17,7 @@ from torch import fx
 from fxstream.loop import SlicedLoop
 from fxstream.passes.candidates import Candidate, find_candidates, whole
 from fxstream.passes.cost import CostModel, cost_model
+from fxstream.passes.flops import flops
 from fxstream.passes.grouping import Group, Grouping, lengths_of
 from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
 from fxstream.passes.program import Program
@@ -92,7 +93,7 @@ def stream(
     best = latest = _stream(graph_module, budget, allow_recompute, most_outer)
     if not allow_recompute:
         return best
-    flops = Program(graph_module).total_flops
+    given = sum(flops(graph_module).values())
     for _ in range(ROUNDS):
         if budget is not None and best.after.peak_bytes <= budget:
             break
@@ -100,8 +101,8 @@ def stream(
         changed = recompute(latest.program, _held_above(latest, limit))
         if changed is None:
             break
-        added = Program(changed).total_flops - flops
-        if added > MOST_ADDED * flops:
+        added = sum(flops(changed).values()) - given
+        if added > MOST_ADDED * given:
             break
         latest = replace(_stream(changed, budget, allow_recompute, most_outer), recomputed_flops=added)
         if latest.after.peak_bytes < best.after.peak_bytes:

@@ -86,9 +86,8 @@ def unet(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if quick:
         return catalogue.small("svd-unet", frames=4, batch=1)
     widths = {"block_out_channels": (96, 192, 384, 384), "num_attention_heads": (2, 4, 8, 8)}
-    entry = replace(catalogue.SVD, name="svd-bench", small={**catalogue.SVD.small, **widths})
-    catalogue.CATALOGUE[entry.name] = entry
-    return catalogue.small(entry.name, frames=14, height=32, width=48, batch=2)
+    entry = replace(catalogue.SVD, small={**catalogue.SVD.small, **widths})
+    return catalogue.small(entry, frames=14, height=32, width=48, batch=2)
 
 
 def _decoder(quick: bool) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -96,9 +95,8 @@ def _decoder(quick: bool) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str
     if quick:
         return catalogue.small("svd-vae", frames=4, batch=1)
     widths = {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2}
-    entry = replace(catalogue.SVD_VAE, name="svd-vae-bench", small=widths)
-    catalogue.CATALOGUE[entry.name] = entry
-    return catalogue.small(entry.name, frames=8, height=24, width=32, batch=1)
+    entry = replace(catalogue.SVD_VAE, small=widths)
+    return catalogue.small(entry, frames=8, height=24, width=32, batch=1)
 
 
 def _variants(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Variant]:

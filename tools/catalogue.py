@@ -264,7 +264,7 @@ def building(device: torch.device | str, fake: bool) -> Iterator[None]:
 
 
 def small(
-    name: str,
+    name: str | Entry,
     *,
     dtype: torch.dtype = torch.float32,
     frames: int = 5,
@@ -275,9 +275,9 @@ def small(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Returns a model (or its method) of the same class with few channels and random weights, with its args and kwargs.
 
-    `height` and `width` are those of the latent. The same seed gives the same weights and inputs.
+    `name` may be an entry itself. `height` and `width` are those of the latent. The same seed gives the same weights and inputs.
     """
-    entry = _entry(name)
+    entry = name if isinstance(name, Entry) else _entry(name)
     config = {**entry.config, **entry.small}
     shape = Shape(frames, height * 8, width * 8, batch)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

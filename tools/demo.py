@@ -1,12 +1,14 @@
 """The demo: a video UNet run whole and run within two budgets, what fxstream predicted, and what the allocator saw.
 
-The UNet has the structure of Stable Video Diffusion's, few channels and random weights, and runs for real in fp32.
+The UNet has the structure of Stable Video Diffusion's, few channels and random weights, and runs for real in fp32. Then
+a small trained model makes clips whole, streamed, and with steps skipped; they are written as pictures.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -17,9 +19,13 @@ from fxstream.report import Plan, PlannedGroup
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.catalogue import small
 from fxstream.tools.chart import memory_chart
+from fxstream.tools.demo_clips import clips
 from fxstream.tools.measure import measure_peak
 
 BUDGETS = (0.5, "min")
+CLIPS = Path("build/demo")
+"""Folder of the clips."""
+
 SHOWN_GROUPS = 6
 
 
@@ -43,6 +49,7 @@ def main() -> None:
     print("\n" + tabulate(rows, headers=["", "predicted peak", "measured peak", "relative L2"], stralign="right"))
     print("\nThe peak is of what a call allocates over its weights and inputs; relative L2 is to eager.")
     show(plans[0], BUDGETS[0])
+    print(f"\n{clips(CLIPS)}")
 
 
 def show(plan: Plan, budget: str | float) -> None:

@@ -297,3 +297,36 @@ class TestWhatElsePipelinesDo:
             fxstream.optimize(pipeline.denoiser, "min", height=16)
         with pytest.raises(TypeError, match="'num_frames'"):
             fxstream.plan(pipeline.denoiser, num_frames=2)
+
+
+@pytest.fixture(scope="module")
+def rehashed():
+    pipeline, call = PIPELINES["svd"]()
+    pipeline.set_progress_bar_config(disable=True)
+    rehash = fxstream.StepRehash(every=2, cut="deepcache", predictor="taylor")
+    return fxstream.optimize(pipeline, "min", step_rehash=rehash, **call), call
+
+
+class TestStepRehash:
+    def test_what_the_denoiser_holds_counts_in_its_stage_alone(self, rehashed):
+        pipeline, _ = rehashed
+        (plan,) = pipeline.unet.plans
+        stages = {stage.name: stage for stage in fxstream.plan(pipeline).stages}
+        assert stages["unet"].plan.after.peak_bytes + plan.largest[1] == plan.peak_bytes
+        kept = stages["unet"].resident.other_bytes - plan.largest[1]
+        assert plan.largest[1] > 0 and kept <= stages["vae.decode"].resident.other_bytes < kept + plan.largest[1]
+
+    def test_the_denoiser_skips_steps_and_holds_nothing_after_them(self, rehashed):
+        pipeline, call = rehashed
+        held, decode = [], pipeline.vae.decode
+
+        def watched(*args, **kwargs):
+            result = decode(*args, **kwargs)
+            held.append("generation" in vars(pipeline.unet._threads))
+            return result
+
+        vars(pipeline.vae)["decode"] = watched
+        pipeline(**call, num_inference_steps=5, output_type="pt", generator=seeded())
+        stats = pipeline.unet.stats()
+        assert (stats.full_steps, stats.skipped_steps) == (3, 2)
+        assert held == [False]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._ops import OpOverload
 
-from fxstream.passes.axes import Slice, backward, forward, registered
+from fxstream.passes.axes import Slice, backward, forward, registered, with_arguments
 from fxstream.passes.rules import pointwise as family
 from tests.passes.oracle import call_of, check, slices
 
@@ -1000,3 +1000,13 @@ def test_linear_has_no_slice_of_its_contracted_dimension() -> None:
     call = call_of(aten.linear.default, rand(2, 6, 4), rand(4, 4))
     assert forward(call, {0: Slice(2, 4)}) is None
     assert forward(call, {0: Slice(1, 6)}) is not None
+
+
+def test_replaced_arguments_stand_where_the_schema_has_them():
+    x = torch.randn(1, 1, 4, 4)
+    args, kwargs = with_arguments(aten.avg_pool2d.default, (x, [2, 2]), {"ceil_mode": True}, {"padding": [1, 0]})
+    assert (args[1:], kwargs) == (([2, 2], [], [1, 0]), {"ceil_mode": True})
+    args, kwargs = with_arguments(aten.avg_pool2d.default, (x, [2, 2]), {"stride": [1, 1]}, {"padding": [1, 0]})
+    assert (args[1:], kwargs) == (([2, 2], [1, 1], [1, 0]), {})
+    args, kwargs = with_arguments(aten.sum.default, (x,), {}, {"dtype": torch.float64})
+    assert (args, kwargs) == ((x,), {"dtype": torch.float64})

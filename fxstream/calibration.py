@@ -1,0 +1,256 @@
+"""Calibration: how alike the steps of full generations are at a cut, and the key steps that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxstream.module import StreamedModule
+from fxstream.passes.capture import capture, owner
+from fxstream.passes.normalize import normalize
+from fxstream.passes.split import returning
+from fxstream.rehash import Generation, StepRehash
+from fxstream.schedule import key_steps, most_alike
+from fxstream.steps import cut_values, places
+
+FORMAT = 1
+"""Version of the JSON file."""
+
+TIME_TOLERANCE = 1e-3
+"""Timesteps are the same where they differ by no more than this share of the first."""
+
+DENOISERS = ("unet", "transformer")
+"""Components of a pipeline that denoise."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How alike the steps of a model's generations are, at one or more cuts.
+
+    ``similarity[cut][i][j]`` is the cosine similarity of the cut's values in steps ``i`` and ``j``, averaged over
+    generations and over the calls of a step. ``timesteps`` are the generation's K times, ``model`` a fingerprint of the
+    model's class and of the names and shapes of its weights.
+    """
+
+    model: str
+    timesteps: tuple[float, ...]
+    similarity: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    @property
+    def steps(self) -> int:
+        """K, the number of steps of a generation."""
+        return len(self.timesteps)
+
+    def key_steps(
+        self, full_steps: int | None = None, *, gamma: float | None = None, cut: str | None = None
+    ) -> tuple[int, ...]:
+        """The full steps by Algorithm 1, for a ``gamma`` or for at most ``full_steps`` of them.
+
+        ``cut`` is needed where there are several. Raises ``ValueError`` for a cut that was not calibrated, or a number
+        out of range.
+        """
+        if (full_steps is None) == (gamma is None):
+            raise ValueError("give one of full_steps and gamma")
+        if cut is None and len(self.similarity) == 1:
+            (cut,) = self.similarity
+        if cut is None or cut not in self.similarity:
+            raise ValueError(f"the cut {cut!r} was not calibrated: there are {', '.join(self.similarity)}")
+        found = self.similarity[cut]
+        if full_steps is not None:
+            return most_alike(found, full_steps)
+        assert gamma is not None
+        if not -1 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma!r} is out of range: it is a cosine similarity")
+        return key_steps(found, gamma)
+
+    def check_model(self, model: Callable[..., Any]) -> None:
+        """Raise ``ValueError`` if the calibration is of another model."""
+        module, _ = owner(model)
+        found = fingerprint(module)
+        if found != self.model:
+            raise ValueError(f"the calibration is of another model: of {self.model}, not {found}")
+
+    def check_time(self, step: int, time: float) -> None:
+        """Raise ``ValueError`` if a generation's step is at another time than the calibration's."""
+        expected = self.timesteps[step]
+        if abs(time - expected) > TIME_TOLERANCE * max(abs(x) for x in self.timesteps):
+            raise ValueError(
+                f"the calibration is for other steps: its step {step} of {self.steps} is at timestep {expected:g}, "
+                f"this generation's at {time:g}. Calibrate with the scheduler and the number of steps that you use"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Read what ``save`` wrote. Raises ``ValueError`` for anything else."""
+        try:
+            found = json.loads(Path(path).read_text())
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']} is not known")
+            maps = {cut: tuple(tuple(map(float, row)) for row in rows) for cut, rows in found["similarity"].items()}
+            made = Calibration(str(found["model"]), tuple(map(float, found["timesteps"])), maps)
+            if any(len(row) != made.steps for rows in maps.values() for row in (rows, *rows)):
+                raise ValueError("its maps and its timesteps are of different sizes")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no calibration: {error}") from None
+        return made
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the maps, side by side, into an image file. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.2 * len(self.similarity), 3.8), layout="constrained")
+        for number, (cut, rows) in enumerate(self.similarity.items()):
+            axes = figure.add_subplot(1, len(self.similarity), number + 1)
+            image = axes.imshow(rows, origin="lower")
+            axes.set(title=cut, xlabel="step", ylabel="step")
+            figure.colorbar(image, ax=axes, label="cosine similarity")
+        figure.savefig(path)
+
+
+def calibrate(
+    run: Any,
+    model: Callable[..., Any] | None = None,
+    *,
+    cuts: Sequence[str] = ("auto",),
+    generations: int = 1,
+    arguments: Mapping[str, Any] | None = None,
+    rehash: StepRehash | None = None,
+) -> Calibration:
+    """Run full generations and measure how alike their steps are at some cuts.
+
+    ``run`` is a diffusers pipeline, called with ``arguments``, or a function that makes a generation with the module
+    that it is given, in place of ``model``: ``calibrate(lambda unet: sample(unet, steps=25), unet)``. It is called
+    ``generations`` times. ``cuts`` are as in ``StepRehash(cut=...)``, "deepcache:1" being that of branch 1; ``rehash``
+    has other settings of the cuts (``keep``, ``timestep``). Values are kept in host memory meanwhile.
+
+    Raises ``ValueError`` where there is nothing to run, or generations differ in their steps.
+    """
+    if isinstance(run, nn.Module) or not callable(run):
+        raise ValueError(f"a {type(run).__name__} makes no generation: give a pipeline, or a function of the model")
+    if isinstance(cuts, str) or not cuts or generations < 1:
+        raise ValueError("calibrate needs a list of at least one cut, and at least one generation")
+    settings = [_settings(rehash or StepRehash(), cut) for cut in cuts]
+    if isinstance(getattr(run, "components", None), dict):
+        name, model, call = _denoiser(run, model, arguments or {})
+    elif model is None:
+        raise ValueError("calibrate needs the model as well: calibrate(function, model)")
+    else:
+        name, call = None, run
+    recorder = Recorder(model, settings)
+    maps, times = [], None
+    for _ in range(generations):
+        recorder.begin()
+        if name is not None:
+            setattr(run, name, recorder)
+        try:
+            call(recorder)
+        finally:
+            if name is not None:
+                setattr(run, name, model)
+        if len(recorder.times) < 2:
+            raise ValueError(
+                f"the generation called the model at {len(recorder.times)} timesteps: there is nothing to compare"
+            )
+        if times not in (None, recorder.times):
+            raise ValueError(f"the generations differ in their steps: {times} and {recorder.times}")
+        times = recorder.times
+        maps.append(recorder.similarity())
+    assert times is not None
+    module, _ = owner(model)
+    averaged = {cut: torch.stack([found[n] for found in maps]).mean(dim=0) for n, cut in enumerate(cuts)}
+    return Calibration(
+        fingerprint(module),
+        tuple(times),
+        {cut: tuple(tuple(row) for row in found.tolist()) for cut, found in averaged.items()},
+    )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A model's class, and a digest of the names and shapes of its weights."""
+    weights = [(name, tuple(weight.shape)) for name, weight in module.named_parameters()]
+    return f"{type(module).__name__}-{hashlib.sha256(repr(weights).encode()).hexdigest()[:16]}"
+
+
+def _settings(rehash: StepRehash, cut: str) -> StepRehash:
+    name, _, branch = cut.partition(":")
+    changes = {"cut": name, "branch": int(branch)} if name == "deepcache" and branch.isdecimal() else {"cut": cut}
+    return StepRehash(**{"keep": rehash.keep, "timestep": rehash.timestep, **changes})  # type: ignore[arg-type]
+
+
+def _denoiser(
+    pipe: Any, model: Callable[..., Any] | None, arguments: Mapping[str, Any]
+) -> tuple[str, Any, Callable[[Any], Any]]:
+    """The name of a pipeline's denoiser, the denoiser, and how to run a generation."""
+    found = [name for name in pipe.components if (getattr(pipe, name) is model if model else name in DENOISERS)]
+    found = [name for name in found if isinstance(getattr(pipe, name), nn.Module)]
+    if len(found) != 1:
+        raise ValueError(f"{type(pipe).__name__} has no single denoiser: give the model, one of its components")
+    return found[0], getattr(pipe, found[0]), lambda _: pipe(**arguments)
+
+
+class Recorder(StreamedModule):
+    """Stands where the model stood, computes what it did, and keeps the cuts' values of every step."""
+
+    def __init__(self, model: Callable[..., Any], settings: Sequence[StepRehash]) -> None:
+        def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            captured = capture(model, args, kwargs)
+            normalize(captured.graph_module)
+            return _Recorded(model, captured, args, kwargs, settings)
+
+        super().__init__(model, compiler)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was recorded."""
+        self.__dict__["_place"] = Generation()
+        self.__dict__["_values"] = {}
+        self.__dict__["times"] = []
+
+    def _run(self, compiled: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        place, now = self._place, float(tensors[compiled.timestep].max())
+        place.enter(now, compiled, tensors)
+        if place.call == 0:
+            if place.step != len(self.times):
+                raise ValueError(f"a second generation began at timestep {now:g}: calibrate with one at a time")
+            self.times.append(now)
+        found = compiled.graph_module(*tensors)
+        values = iter(found[compiled.results :])
+        for number, count in enumerate(compiled.counts):
+            held = [next(values).flatten().to("cpu", torch.float32) for _ in range(count)]
+            self._values.setdefault((number, place.call), {})[place.step] = torch.cat(held)
+        return found[: compiled.results]
+
+    def similarity(self) -> list[Tensor]:
+        """For each cut a K x K map, averaged over the calls of a step."""
+        maps: dict[int, list[Tensor]] = {}
+        for (cut, _), by_step in self._values.items():
+            if len(by_step) == len(self.times):  # a call that not every step makes says nothing of all
+                unit = nn.functional.normalize(torch.stack([by_step[step] for step in range(len(self.times))]), dim=1)
+                maps.setdefault(cut, []).append((unit @ unit.T).clamp(-1, 1).double())
+        return [torch.stack(maps[cut]).mean(dim=0) for cut in sorted(maps)]
+
+
+class _Recorded:
+    """A captured call whose graph also returns the values of all cuts, ``counts`` of each."""
+
+    def __init__(self, model: Callable[..., Any], captured: Any, args: Any, kwargs: Any, settings: Any) -> None:
+        self.captured = captured
+        self.latent, self.timestep = places(model, args, kwargs, settings[0].timestep)
+        graph_module = captured.graph_module
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        here = placeholders[self.latent], placeholders[self.timestep]
+        self.results = len(graph_module.graph.output_node().args[0])
+        cuts = [cut_values(graph_module, *here, each) for each in settings]
+        self.counts = [len(cut) for cut in cuts]
+        self.graph_module = returning(graph_module, [node for cut in cuts for node in cut])

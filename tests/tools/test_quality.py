@@ -1,0 +1,74 @@
+"""The data set, and the numbers that tell its clips from others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxstream.tools import quality
+from fxstream.tools.generation import generate, label_embedding, label_of, pack, unpack
+from fxstream.tools.shapes import COLOURS, FRAMES, GROUND, MOTIONS, SHAPES, SIZE, draw
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return draw(200, torch.Generator().manual_seed(0))
+
+
+def test_clips_are_what_their_labels_say(clips):
+    assert clips.video.shape == (200, FRAMES, 3, SIZE, SIZE)
+    assert clips.video.abs().max() <= 1
+    found = quality.measure(clips.video)
+    bounce, slide = (found.motion[clips.motion == MOTIONS.index(name)] for name in ("bounce", "slide"))
+    assert bounce.min() > slide.max()
+    brightest = clips.video.flatten(3).mean(dim=(1, 3))
+    expected = (COLOURS[clips.colour] - GROUND).argmax(dim=1)
+    assert torch.equal(brightest.gather(1, expected[:, None])[:, 0], brightest.amax(dim=1))
+
+
+def test_the_same_seed_the_same_clips(clips):
+    assert torch.equal(draw(200, torch.Generator().manual_seed(0)).video, clips.video)
+
+
+def test_real_clips_pass(clips):
+    assert quality.measure(clips.video).passed()["all"].float().mean() >= 0.99
+
+
+def test_others_fail(clips):
+    """Noise, a still, nothing at all, frames of different clips, and a clip whose shape changes its colour."""
+    generator = torch.Generator().manual_seed(1)
+    video = clips.video
+    others = {
+        "noise": torch.randn(video.shape, generator=generator).clamp(-1, 1),
+        "still": video[:, :1].expand_as(video),
+        "nothing": torch.full_like(video, GROUND),
+        "mixed": torch.stack([video[(torch.arange(FRAMES) * 17 + n) % 200, torch.arange(FRAMES)] for n in range(200)]),
+        "recoloured": torch.cat([video[:, :4], video[:, 4:].roll(1, dims=2)], dim=1),
+    }
+    for name, other in others.items():
+        assert quality.measure(other).passed()["all"].float().mean() <= 0.1, name
+
+
+def test_packing_loses_nothing(clips):
+    packed = pack(clips.video[:2])
+    assert packed.shape == (2, 12, FRAMES, SIZE // 2, SIZE // 2)
+    assert torch.equal(unpack(packed), clips.video[:2])
+
+
+def test_labels_differ_and_may_be_dropped():
+    labels = torch.tensor([label_of(seed) for seed in range(len(SHAPES) * len(MOTIONS))])
+    kept = torch.arange(len(labels)) > 0
+    found = label_embedding(*labels.T, kept)[::FRAMES, 0]
+    assert len({tuple(row.tolist()) for row in found}) == len(labels)
+    assert found[0].count_nonzero() == 1
+
+
+def test_a_clip_follows_from_its_seed():
+    """Alone or among others; a model that says nothing leaves noise, which fails."""
+
+    def silent(sample, timestep, label, return_dict):
+        return (torch.zeros_like(sample),)
+
+    made = generate(silent, [3, 4], steps=3)
+    assert torch.equal(made[1:], generate(silent, [4], steps=3))
+    assert not quality.measure(made).passed()["all"].any()
