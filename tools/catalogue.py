@@ -275,7 +275,8 @@ def small(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Returns a model (or its method) of the same class with few channels and random weights, with its args and kwargs.
 
-    `name` may be an entry itself. `height` and `width` are those of the latent. The same seed gives the same weights and inputs.
+    `name` may be an entry itself. `height` and `width` are those of the latent. The same seed gives the same weights
+    and inputs.
     """
     entry = name if isinstance(name, Entry) else _entry(name)
     config = {**entry.config, **entry.small}
