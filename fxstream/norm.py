@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-TILE = 1 << 18
+TILE = 1 << 17
 """Elements that are worked on at once."""
 
 

@@ -24,6 +24,9 @@ from fxstream.passes.runs import Run
 MOST_CUTS = 8
 """Ends of a run that are considered as first and as last nodes of a group: those with the fewest bytes live there."""
 
+LONGEST_HILL = 100
+"""Nodes of a hill, at most: the edges of longer ones are among the cuts with the fewest bytes."""
+
 LEAST_HILL = 0.02
 """A hill rises above its edges by at least this share of the peak."""
 
@@ -103,7 +106,7 @@ def _hills(program: Program, run: Run) -> Iterator[tuple[int, int]]:
         while rising:
             start, top = rising[-1]
             most = max(most, top)
-            if most - cuts[start] >= least and start < at - 1:
+            if most - cuts[start] >= least and 1 < at - start <= LONGEST_HILL:
                 yield start, at - 1
             if cuts[start] < cuts[at]:
                 rising[-1] = start, most
@@ -186,14 +189,13 @@ class _Sweep:
         size = sum(storages[s].bytes for s in made)
         cut, inside, whole = self.run.cuts[index], [], 0
         reach = own = cut.reach * extent
-        for node, piece in zip(program.values[index].reads, cut.inputs, strict=True):
-            at = program.position.get(node, -1)
+        for (node, at, size_of), piece in zip(program.edges[index], cut.inputs, strict=True):
             inside.append(at >= self.start and at in self.run.slices)
             if inside[-1]:
                 reach = max(reach, own + self.reach[at])
                 continue
             if piece is None and node.op != "get_attr":
-                whole += bytes_of(node.meta["val"])
+                whole += size_of
             if not isinstance(node.meta["val"], torch.Tensor):
                 return False
             self._window(node, piece)
@@ -206,15 +208,15 @@ class _Sweep:
         step *= self.run.slices[index].extent / extent
         self._moment(fixed - self.short - step * reach, self.body + step)
         self.body -= self.expiring.pop(index, 0.0)
-        for storage in {*made, *(s for node in program.values[index].reads for s in program.liveness.of.get(node, ()))}:
+        for storage in program.dying[index]:
             birth = storages[storage].birth
-            if storages[storage].death == index and birth in self.outputs:
+            if birth in self.outputs:
                 self.outputs[birth] -= storages[storage].bytes
                 self.body -= storages[storage].bytes / extent
                 self.short -= storages[storage].bytes / extent * self.reach[birth]
                 if not self.outputs[birth]:
                     del self.outputs[birth]
-        activations, weights = program.traffic(index)
+        activations, weights = program.traffic[index]
         self.launches += bool(activations)
         if activations:
             self.traffic += activations - whole + 2 * step * extent

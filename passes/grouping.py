@@ -151,7 +151,7 @@ class Grouping:
 
     def _traffic(self, index: int) -> tuple[int, int]:
         """Bytes that a node moves: of activations, its workspace twice among them, and of weights."""
-        activations, weights = self.program.traffic(index)
+        activations, weights = self.program.traffic[index]
         return activations + 2 * self.program.liveness.transient[index], weights
 
     def _price_whole(self, traffic: int, weights: int) -> float:

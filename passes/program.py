@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
 from fxstream.passes.flops import flops
-from fxstream.passes.liveness import Liveness, analyze
+from fxstream.passes.liveness import Liveness, analyze, bytes_of
 from fxstream.passes.propagate import fake_mode_of
 from fxstream.passes.workspace import call_workspace_bytes, has_workspace
 
@@ -26,13 +26,15 @@ from fxstream.passes.workspace import call_workspace_bytes, has_workspace
 class Value:
     """One node of the schedule: its call as rules see it, and the nodes whose tensors it reads.
 
-    ``reads`` aligns with ``call.tensors``. ``key`` is equal for calls that rules can't tell apart.
+    ``reads`` aligns with ``call.tensors``. Of a program's values, those have one ``key`` whose calls rules can't tell
+    apart, and those one ``layout`` whose tensors lie in memory alike, too.
     """
 
     node: fx.Node
     call: Call
     reads: tuple[fx.Node, ...]
-    key: Any
+    key: int
+    layout: int
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Program:
     def __post_init__(self) -> None:
         self.liveness = analyze(self.graph_module)
         self.mode = fake_mode_of(self.graph_module.graph)
-        self.values = [_value(node) for node in self.liveness.schedule]
+        self.values = _values(self.liveness.schedule)
         self.position = {node: index for index, node in enumerate(self.liveness.schedule)}
 
     def __len__(self) -> int:
@@ -82,12 +84,32 @@ class Program:
             born[storage.birth].append(index)
         return [tuple(made) for made in born]
 
+    @cached_property
+    def edges(self) -> list[tuple[tuple[fx.Node, int, int], ...]]:
+        """Of each position, the nodes that it reads, with their positions (-1: weights and inputs) and bytes."""
+        return [
+            tuple((node, self.position.get(node, -1), bytes_of(node.meta["val"])) for node in value.reads)
+            for value in self.values
+        ]
+
     def is_view(self, index: int) -> bool:
         """Whether the node makes no storage of its own."""
         return not self.born[index]
 
-    def traffic(self, index: int) -> tuple[int, int]:
-        """Bytes that a node reads and writes: of activations, and of weights. A view moves nothing."""
+    @cached_property
+    def dying(self) -> list[tuple[int, ...]]:
+        """Storages that each position is the last to use."""
+        dying: list[list[int]] = [[] for _ in range(len(self.values) + 1)]
+        for index, storage in enumerate(self.liveness.storages):
+            dying[storage.death].append(index)
+        return [tuple(last) for last in dying]
+
+    @cached_property
+    def traffic(self) -> list[tuple[int, int]]:
+        """Bytes that each node reads and writes: of activations, and of weights. A view moves nothing."""
+        return [self._traffic(index) for index in range(len(self.values))]
+
+    def _traffic(self, index: int) -> tuple[int, int]:
         if self.is_view(index):
             return 0, 0
         activations, weights = sum(self.liveness.storages[s].bytes for s in self.born[index]), 0
@@ -108,7 +130,7 @@ class Program:
         value = self.values[index]
         if not self.liveness.transient[index] and (all(inside) or not has_workspace(value.call.target)):
             return 0.0, 0.0
-        key = (value.key, tuple(x.stride() for x in value.call.tensors if isinstance(x, torch.Tensor)), out, inside)
+        key = (value.layout, out, inside)
         if key not in self._memo:
             long, short = max(1, out.extent // 4), max(1, out.extent // 16)
             most, least = (self._workspace(value.call, out, cut, inside, length) for length in (long, short))
@@ -167,21 +189,31 @@ def _part(whole: torch.Tensor, piece: Slice, length: int, dense: bool) -> torch.
     return torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device)
 
 
-def _value(node: fx.Node) -> Value:
-    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-    reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
-    target: Any = node.target
-    call = Call(target, args, kwargs, node.meta["val"])
-    key: Any = node
-    if isinstance(node.target, OpOverload):
-        known = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves((args, kwargs)))
-        key = (node.target, known, tuple(node.kwargs), _shapes(node.meta["val"]))
-        try:
-            hash(key)
-        except TypeError:
-            key = node
-    return Value(node, call, reads, key)
+def _values(schedule: Iterable[fx.Node]) -> list[Value]:
+    numbers: dict[Any, int] = {}
+    values = []
+    for node in schedule:
+        leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+        reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
+        call = Call(node.target, args, kwargs, node.meta["val"])  # type: ignore[arg-type]
+        key = numbers.setdefault(_key(node, call), len(numbers))
+        strides = tuple(tensor.stride() for tensor in call.tensors if isinstance(tensor, torch.Tensor))
+        values.append(Value(node, call, reads, key, numbers.setdefault((key, strides), len(numbers))))
+    return values
+
+
+def _key(node: fx.Node, call: Call) -> Any:
+    if not isinstance(node.target, OpOverload):
+        return node
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    known = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves)
+    key = (node.target, known, tuple(node.kwargs), _shapes(call.out))
+    try:
+        hash(key)
+    except TypeError:
+        return node
+    return key
 
 
 def _shapes(value: Any) -> tuple[Any, ...]:

@@ -204,7 +204,7 @@ def _costs(program: Program) -> CostModel:
 
 def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
     """The run through nearly all of the graph, from its first large value on, whose body holds least."""
-    large = next(i for i in range(len(program)) if program.traffic(i)[0] >= LARGE_SHARE * peak_bytes)
+    large = next(i for i in range(len(program)) if program.traffic[i][0] >= LARGE_SHARE * peak_bytes)
     through = [run for run in find_runs(program, [large]) if len(run.slices) >= OUTER_SHARE * len(program)]
     runs = [run for run in through if run.extent <= most]
     found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
