@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
 
-from tests.denoiser import Denoiser, generate, latent
+from tests import denoiser
 from tests.fxstream.pipelines import Codec, image
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,14 @@ def blocks(page: Path) -> Iterator[Block]:
         before = line
 
 
-class SmallUNet(Denoiser):
-    """A denoiser with what pipelines ask of theirs."""
+class SmallUNet(denoiser.Denoiser):
+    """A denoiser of three blocks, with what pipelines ask of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = denoiser.CHANNELS
+        self.down_blocks = nn.ModuleList([denoiser.Block(channels, 2 * channels)])
+        self.up_blocks = nn.ModuleList([denoiser.Block(4 * channels, channels)])
 
     @property
     def device(self) -> torch.device:
@@ -125,11 +131,11 @@ def given() -> dict[str, Any]:
         "unet": pipe.unet,
         "decoder": pipe.vae,
         "image": image(16, 16),
-        "sample": latent(),
+        "sample": denoiser.latent(),
         "timestep": torch.tensor(500.0),
         "latents": torch.zeros(4, 4, 32, 32),
         "model": pipe.unet,
-        "args": (latent(), torch.tensor(500.0)),
+        "args": (denoiser.latent(), torch.tensor(500.0)),
         "kwargs": {},
-        "generate": generate,
+        "generate": denoiser.generate,
     }
