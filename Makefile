@@ -7,13 +7,13 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-pipeline pictures clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[plot,test,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[plot,test,dev,docs]' --constraint constraints.txt
 	touch $@
 
 # A Chromium for the test of the page that `fxstream inspect --html` writes: the system's packages, as root or by sudo,
@@ -75,6 +75,14 @@ table-pipeline: venv
 # The manual's pictures, of the plan as it is made now.
 pictures: browser
 	$(BIN)/python -m fxstream.tools.pictures
+
+# The rows of docs/comparison.md.
+comparison: venv
+	$(BIN)/python -m fxstream.tools.comparison
+
+# The manual, into build/docs; a warning is an error.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

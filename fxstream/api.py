@@ -180,7 +180,6 @@ def compile_call(
     backend: str | None = None,
 ) -> Compiled:
     """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
-    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
     began = time.perf_counter()
     planned = plan_captured(capture(model, args, kwargs), budget, began, allow_recompute, resident)
     return replace(planned, run=_compiled(backend, planned.graph_module))

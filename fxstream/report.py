@@ -49,6 +49,7 @@ class PlannedGroup:
 
     @property
     def slices(self) -> int:
+        """How many slices the axis is cut into."""
         return len(self.lengths)
 
 
@@ -76,10 +77,12 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
+        """The bytes of the weights that the call uses."""
         return self.before.weight_bytes
 
     @property
     def input_bytes(self) -> int:
+        """The bytes of the call's input tensors."""
         return int(self.before.input_bytes)  # torch keeps the size of a view's storage as a symbol
 
     def __str__(self) -> str:

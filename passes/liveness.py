@@ -54,6 +54,7 @@ class MemoryProfile:
 
     @property
     def peak_bytes(self) -> int:
+        """The most that is live during any node."""
         return max(self.live_bytes, default=0)
 
     @property

@@ -57,3 +57,9 @@ def on_meta():
 def sized(frames: int = 2, height: int = 64, width: int = 64):
     model, _, _ = feedforward()
     return model, (torch.ones(frames, height * width // 64, 16),), {}
+
+
+def video(frames: int = 2, height: int = 64, width: int = 64, dtype: torch.dtype = torch.float32):
+    """A model of a video by the options that say its size and type."""
+    model, _, _ = feedforward(dtype=dtype)
+    return model, (torch.ones(frames, height * width // 64, 16, dtype=dtype),), {}
