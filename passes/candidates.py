@@ -38,7 +38,8 @@ class Candidate:
     Its peak is ``fixed_bytes`` plus what a body holds: by estimate the most of ``moments``, pairs of bytes that any
     slice holds and bytes for each step of the axis in it; ``measured`` has the exact bytes of the bodies that were
     built, by their length. ``halo`` is the steps that the first nodes compute beyond a slice, ``overlap`` the
-    (operations, bytes moved) that all nodes do for nothing in each. ``launches`` is kernels a slice, ``traffic`` bytes
+    (operations, bytes moved) that all nodes do for nothing in each; ``slowed`` are pairs of steps and operations, that
+    run in a slower kernel in slices of fewer steps. ``launches`` is kernels a slice, ``traffic`` bytes
     moved over all slices, ``whole_traffic`` bytes of whole tensors, weights mostly, read again by each. ``strided``
     maps the contiguous bytes that one step has in a window or an output to the bytes moved in such pieces. ``outputs``
     are the positions whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
@@ -57,6 +58,7 @@ class Candidate:
     over: dict[int, fx.Node]
     halo: float = 0.0
     overlap: tuple[float, float] = (0.0, 0.0)
+    slowed: tuple[tuple[float, int], ...] = ()
     measured: dict[int, int] = field(default_factory=dict)
 
     def body_bytes(self, length: int) -> float:
@@ -144,6 +146,7 @@ class _Sweep:
         self.sources: dict[int, fx.Node] = {}
         self.launches, self.traffic, self.whole = 0, 0.0, 0.0
         self.strided: dict[int, int] = {}  # contiguous bytes a step -> bytes read of windows
+        self.slowed: list[tuple[float, int]] = []
 
     def candidates(self, ends: set[int]) -> Iterator[Candidate]:
         for index in range(self.start, max(ends) + 1):
@@ -168,6 +171,7 @@ class _Sweep:
                     tuple(self.outputs),
                     over,
                     *self._overlap(),
+                    tuple(self.slowed),
                 )
 
     def _overlap(self) -> tuple[float, tuple[float, float]]:
@@ -221,6 +225,9 @@ class _Sweep:
         if activations:
             self.traffic += activations - whole + 2 * step * extent
             self.whole += weights + whole
+        least = program.least_steps(index, self.run.slices[index], cut)
+        if least > 1:
+            self.slowed.append((least * extent / self.run.slices[index].extent, program.flops[index]))
         if self.run.haloed:
             work = program.flops[index], activations - whole if activations else 0
             self.work = [a + b for a, b in zip(self.work, (*work, *(reach * each for each in work)), strict=True)]

@@ -1,9 +1,10 @@
 """Cost: estimated time of running nodes whole or in slices.
 
-Slicing changes five things, and only these are modelled: launches (one for each node and slice), whole tensors read
+Slicing changes six things, and only these are modelled: launches (one for each node and slice), whole tensors read
 again by each slice (weights, mostly), short runs of contiguous bytes where a slice is cut across the memory's order,
-what neighbouring slices both compute, and the price of memory traffic, which is lower where a slice's working set stays
-in cache and in memory that the allocator has at hand. All other arithmetic is the same either way and is left out.
+what neighbouring slices both compute, convolutions for which small slices take a slower kernel, and the price of memory
+traffic, which is lower where a slice's working set stays in cache and in memory that the allocator has at hand. All
+other arithmetic is the same either way and is left out.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ class CostModel:
     """Prices of one kind of device.
 
     ``launch``: seconds a kernel launch. ``rates``: (working set in bytes, seconds a byte of traffic), the rate of the
-    first entry at least as large; ``beyond`` past the last. ``flop``: seconds a floating point operation.
-    ``most_slices``: more are not worth what they save, unless each still moves ``least_traffic`` bytes.
+    first entry at least as large; ``beyond`` past the last. ``flop``: seconds a floating point operation,
+    ``slow_flop`` those more in a kernel that only small slices take. ``most_slices``: more are not worth what they
+    save, unless each still moves ``least_traffic`` bytes.
     """
 
     launch: float
     rates: tuple[tuple[int, float], ...]
     beyond: float
     flop: float
+    slow_flop: float
     most_slices: int
     least_traffic: int
 
@@ -48,6 +51,7 @@ CPU = CostModel(
     rates=((4 << 20, 0.04e-9), (48 << 20, 0.05e-9)),
     beyond=0.17e-9,
     flop=8e-12,
+    slow_flop=6e-12,
     most_slices=64,
     least_traffic=8 << 20,
 )
@@ -58,6 +62,7 @@ CUDA = CostModel(
     rates=((32 << 20, 0.5e-12),),
     beyond=0.7e-12,
     flop=2e-14,
+    slow_flop=0.0,
     most_slices=64,
     least_traffic=64 << 20,
 )

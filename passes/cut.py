@@ -8,7 +8,8 @@ A cut is named by the path of a module (what leaves it), by a node, or found:
 - ``auto``: the fewest bytes such that the output still depends on the current latent and on the current timestep, and a
   skipped step computes at most a share ``keep`` of the model's FLOPs. What lies on the cheapest way from either to the
   output is computed, and so may be the end of the graph, as far as ``keep`` goes; the rest comes from the cut, which is
-  a minimum cut of the dataflow. Of several with equal bytes it is the one that leaves most to be computed.
+  a minimum cut of the dataflow. Of several with equal bytes it is the one that leaves most to be computed from the
+  current latent and timestep: what follows from the cut's values alone is not computed again.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _least(graph_module: fx.GraphModule, latent: fx.Node, timestep: fx.Node, kee
             skipped.add(node)
     if not skipped:
         raise ValueError(f"keep={keep} leaves nothing to skip: give a smaller share of the model's FLOPs")
-    return _minimum_cut(graph, needed, skipped, kept)
+    return _advanced(graph, _minimum_cut(graph, needed, skipped, kept), (latent, timestep))
 
 
 def _minimum_cut(
@@ -171,6 +172,30 @@ def _minimum_cut(
     _, (reading, _) = nx.minimum_cut(flow, "kept", "skipped")
     return tuple(
         node for node in graph.nodes if node in needed and (node, "read") in reading and (node, "made") not in reading
+    )
+
+
+def _advanced(graph: fx.Graph, cut: tuple[fx.Node, ...], current: tuple[fx.Node, fx.Node]) -> tuple[fx.Node, ...]:
+    """The values of fewest bytes, nearest to the output, that follow from a cut's and from nothing ``current``.
+
+    A skipped step would compute them from the same numbers as the last full step did.
+    """
+    output = graph.output_node()
+    computed = _reached([output], lambda node: [] if node in cut else node.all_input_nodes)
+    fresh = _reached(current, lambda node: [user for user in node.users if user in computed and user not in cut])
+    follows = _reached(cut, lambda node: [user for user in node.users if user in computed]) - fresh
+    flow = nx.DiGraph()
+    for node in follows:
+        held = bytes_of(node.meta["val"]) if isinstance(node.meta["val"], torch.Tensor) else float("inf")
+        flow.add_edge((node, "read"), (node, "made"), capacity=max(held, 1))
+        if node in cut:
+            flow.add_edge("cut", (node, "read"))
+        for user in node.users:
+            if user in computed:
+                flow.add_edge((node, "made"), (user, "read") if user in follows else "rest")
+    _, (_, reading) = nx.minimum_cut(flow, "cut", "rest")
+    return tuple(
+        node for node in graph.nodes if node in follows and (node, "made") in reading and (node, "read") not in reading
     )
 
 

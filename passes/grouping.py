@@ -147,7 +147,8 @@ class Grouping:
         moved = (candidate.traffic + strided) * rate(working_set)
         flops, again = candidate.overlap
         twice = slices * (flops * self.costs.flop + again * rate(working_set))
-        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole + twice
+        slowed = self.costs.slow_flop * sum(flops for steps, flops in candidate.slowed if length < steps)
+        return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole + twice + slowed
 
     def _traffic(self, index: int) -> tuple[int, int]:
         """Bytes that a node moves: of activations, its workspace twice among them, and of weights."""

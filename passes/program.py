@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_argum
 from fxstream.passes.flops import flops
 from fxstream.passes.liveness import Liveness, analyze, bytes_of
 from fxstream.passes.propagate import fake_mode_of
-from fxstream.passes.workspace import call_workspace_bytes, has_workspace
+from fxstream.passes.workspace import CONVOLUTIONS, call_workspace_bytes, convolves_plainly, has_workspace
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,24 @@ class Program:
             most, least = (self._workspace(value.call, out, cut, inside, length) for length in (long, short))
             step = (most - least) / (long - short) if long > short else most / long
             self._memo[key] = max(0.0, least - step * short), max(0.0, step)
+        return self._memo[key]
+
+    def least_steps(self, index: int, out: Slice, cut: Cut) -> int:
+        """Steps of the axis that a slice needs for the kernel of the whole node, where a smaller one takes a slower."""
+        value, piece = self.values[index], next(iter(cut.inputs), None)
+        if piece is None or value.call.target not in CONVOLUTIONS:
+            return 0
+        key = ("steps", value.key, out)
+        if key not in self._memo:
+            whole = value.call.tensors[0].shape
+
+            def is_fast(length: int) -> bool:
+                start = (out.extent - length) // 2
+                first, last = cut.window((start, start + length))
+                return not convolves_plainly(value.call.target, value.call.args, piece.resized(whole, last - first))
+
+            lengths = range(1, out.extent + 1)
+            self._memo[key] = bisect_left(lengths, True, key=is_fast) + 1 if is_fast(out.extent) else 0
         return self._memo[key]
 
     def _workspace(self, call: Call, out: Slice, cut: Cut, inside: tuple[bool, ...], length: int) -> int:

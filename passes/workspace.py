@@ -318,7 +318,10 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 # Convolutions
 
 
-@workspace(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+@workspace(*CONVOLUTIONS)
 def convolution(
     out: Tensor,
     input: Tensor,
@@ -339,7 +342,7 @@ def convolution(
     if last and not weight.is_contiguous(memory_format=[torch.channels_last, torch.channels_last_3d][len(kernel) - 2]):
         copy += _bytes(weight)
     channels, made = input.shape[1], out.shape[1]
-    if not _convolves_in_onednn(input, kernel, stride, dilation, groups):
+    if not _convolves_in_onednn(input, input.shape, kernel, stride, dilation, groups):
         plain = max(kernel) == max(stride) == 1 and not any(padding)
         columns = 0 if plain else channels * math.prod(kernel) * _bytes(out) // made
         return (copy if len(kernel) < 3 else _copy(input)) + columns
@@ -366,8 +369,23 @@ def transposed_convolution(out: Tensor, input: Tensor, weight: Tensor, *args: An
     return _image_copy(input) + max(_bytes(input) + _bytes(weight), 2 * _bytes(out))
 
 
+def convolves_plainly(target: Any, args: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether a convolution of a part of its input, of that shape, takes the slow kernel that torch has on the CPU."""
+    if target not in CONVOLUTIONS or args[0].device.type != "cpu":
+        return False
+    input, weight, _, stride, _, dilation, groups = (*args, *(None, 1, 0, 1, 1)[len(args) - 2 :])
+    kernel = weight.shape[2:]
+    stride, dilation = (_each(values, len(kernel)) for values in (stride, dilation))
+    return not _convolves_in_onednn(input, shape, kernel, stride, dilation, groups)
+
+
 def _convolves_in_onednn(
-    input: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+    input: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> bool:
     """Torch's own choice between oneDNN and its plain kernels (`use_mkldnn` of ATen's Convolution.cpp)."""
     if input.dtype in REDUCED:
@@ -375,9 +393,9 @@ def _convolves_in_onednn(
     if input.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     height, width = (1, *kernel)[-2:]
-    batch = input.shape[0]
+    batch = shape[0]
     pays = max(*stride, *dilation, height, width) > 1 or batch >= 16 or torch.get_num_threads() > 1
-    return pays and (groups > 1 or min(height, width) > 3 or batch > 1 or math.prod(input.shape[:4]) > 20480)
+    return pays and (groups > 1 or min(height, width) > 3 or batch > 1 or math.prod(shape[:4]) > 20480)
 
 
 def _scratchpad(

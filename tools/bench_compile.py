@@ -31,6 +31,9 @@ BUDGET = 0.5
 
 ALONE = "torch.compile alone"
 
+AGAIN, ENOUGH = "again", "enough"
+"""Requests to a way's process."""
+
 TWO_LEVELS: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
     "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
@@ -73,8 +76,10 @@ def main() -> None:
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
         for name, pipe in pipes.items():
-            pipe.send(None)
+            pipe.send(AGAIN)
             seconds[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(ENOUGH)
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(_table(found, seconds))
 
@@ -93,8 +98,7 @@ def _serve(name: str, quick: bool, pipe: Connection) -> None:
     [result] = measured.result
     distance = relative_l2(result, reference)
     pipe.send({"first": first, "peak": measured.peak_bytes, "distance": distance, "predicted": _predicted(run)})
-    while True:
-        pipe.recv()
+    while pipe.recv() == AGAIN:
         began = time.perf_counter()
         run(*args, **kwargs)
         pipe.send(time.perf_counter() - began)

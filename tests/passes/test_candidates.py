@@ -116,6 +116,15 @@ def test_a_loop_costs_what_its_inputs_and_outputs_and_one_body_hold():
     assert candidate.launches == 3
 
 
+def test_slices_too_small_for_the_fast_kernel_are_told():
+    """oneDNN takes one sample from 20480 elements without the last dimension on: 41 rows here, 2 of them overlap."""
+    convolution = nn.Conv3d(64, 64, 3, padding=1).requires_grad_(False)
+    program = captured(Call(lambda x: convolution(x.sin()).cos()), torch.randn(1, 64, 8, 96, 4))
+    runs = {run.extent: whole(program, run) for run in find_runs(program, [0])}
+    assert runs[96].slowed == ((39, 2 * 64 * 64 * 27 * 8 * 96 * 4),)
+    assert runs[4].slowed == ()
+
+
 def test_what_the_loop_returns_is_what_outlives_it():
     def function(x):
         first = x.exp()

@@ -120,6 +120,14 @@ def test_auto_is_the_fewest_bytes(widths):
     assert held == min(found)
 
 
+def test_auto_leaves_nothing_to_compute_that_follows_from_the_cut_alone():
+    """Of the values of 16 channels that are equally small, the last before the latent comes in again."""
+    graph_module, inputs = graph_of(Ladder((8, 64, 16, 16, 16, 4)), torch.randn(3, 8), torch.tensor(5.0))
+    (cut,) = find_cut(graph_module, "auto", *inputs, keep=0.6)
+    assert cut.target is torch.ops.aten.relu.default
+    assert [user.target for user in cut.users] == [torch.ops.aten.add.Tensor]
+
+
 def test_a_node_and_a_module(denoiser):
     graph_module, inputs = denoiser
     (leaving,) = find_cut(graph_module, "down_blocks.2", *inputs[:2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxstream.tools import quality
-from fxstream.tools.generation import generate, label_embedding, label_of, pack, unpack
+from fxstream.tools.generation import generate, label_embedding, label_of, load, pack, unpack
 from fxstream.tools.shapes import COLOURS, FRAMES, GROUND, MOTIONS, SHAPES, SIZE, draw
 
 
@@ -72,3 +72,10 @@ def test_a_clip_follows_from_its_seed():
     made = generate(silent, [3, 4], steps=3)
     assert torch.equal(made[1:], generate(silent, [4], steps=3))
     assert not quality.measure(made).passed()["all"].any()
+
+
+def test_the_demos_model_makes_clips_like_these():
+    """Shapes that move as they should, most of them of one colour; what it was trained from made noise."""
+    passed = quality.measure(generate(load(), range(12))).passed()
+    assert passed["area"].all() and passed["steady area"].all()
+    assert passed["motion"].sum() >= 10 and passed["all"].sum() >= 5
