@@ -242,21 +242,24 @@ def _held() -> str:
 
 
 def _plot(ways: list[Way], path: Path, title: str) -> None:
+    """A panel for each number of full steps, and in it a line a way: its quality, and how much faster it is."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, group in enumerate(dict.fromkeys(way.group for way in ways if way.group)):
-        members = [way for way in ways if way.group == group]
-        speed = [statistics.median(a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True)) for way in members]
+    groups = list(dict.fromkeys(way.group for way in ways if way.group))
+    figure = Figure(figsize=(9, 3.2 * len(groups)), layout="constrained")
+    figure.suptitle(title)
+    for axes, group in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):
+        members = [way for way in ways if way.group == group][::-1]
         quality = [statistics.mean(way.psnr) for way in members]
-        axes.scatter(speed, quality, label=f"{group} full", marker="os^"[number % 3])
-        for way, x, y in zip(members, speed, quality, strict=True):
-            axes.annotate(way.name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axes.set(title=title, xlabel="times faster than no cache", ylabel="PSNR to no cache, dB")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+        axes.scatter(quality, range(len(members)))
+        for row, (way, x) in enumerate(zip(members, quality, strict=True)):
+            speed = statistics.median(a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True))
+            axes.annotate(f"{speed:.2f}x faster", (x, row), textcoords="offset points", xytext=(7, -3), fontsize=8)
+        axes.set_yticks(range(len(members)), [way.name for way in members])
+        axes.set(xlabel=f"PSNR to no cache, dB, with {group} steps in full")
+        axes.margins(x=0.25, y=0.08)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
 
 
 def _say(what: str) -> None:
