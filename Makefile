@@ -30,11 +30,11 @@ browser: venv
 	@$(BIN)/python -m fxstream.tools.browser
 
 test: venv
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # The property tests, on examples that no run has seen.
 fuzz: venv
-	$(BIN)/python -m pytest --numprocesses 2 --hypothesis-profile fuzz -m hypothesis
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --hypothesis-profile fuzz -m hypothesis
 
 # mypy sees the packages as they install: build/mypy/fxstream links to the files of fxstream/, and to passes/ and tools/.
 lint: venv

@@ -51,7 +51,7 @@ CPU = CostModel(
     rates=((4 << 20, 0.04e-9), (48 << 20, 0.05e-9)),
     beyond=0.17e-9,
     flop=8e-12,
-    slow_flop=6e-12,
+    slow_flop=8e-12,
     most_slices=64,
     least_traffic=8 << 20,
 )

@@ -122,7 +122,6 @@ def test_slices_too_small_for_the_fast_kernel_are_told():
     program = captured(Call(lambda x: convolution(x.sin()).cos()), torch.randn(1, 64, 8, 96, 4))
     runs = {run.extent: whole(program, run) for run in find_runs(program, [0])}
     assert runs[96].slowed == ((39, 2 * 64 * 64 * 27 * 8 * 96 * 4),)
-    assert runs[4].slowed == ()
 
 
 def test_what_the_loop_returns_is_what_outlives_it():
