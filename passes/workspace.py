@@ -373,7 +373,8 @@ def convolves_plainly(target: Any, args: Sequence[Any], shape: Sequence[int]) ->
     """Whether a convolution of a part of its input, of that shape, takes the slow kernel that torch has on the CPU."""
     if target not in CONVOLUTIONS or args[0].device.type != "cpu":
         return False
-    input, weight, _, stride, _, dilation, groups = (*args, *(None, 1, 0, 1, 1)[len(args) - 2 :])
+    given: tuple[Any, ...] = (*args, *(None, 1, 0, 1, 1)[len(args) - 2 :])
+    input, weight, _, stride, _, dilation, groups = given
     kernel = weight.shape[2:]
     stride, dilation = (_each(values, len(kernel)) for values in (stride, dilation))
     return not _convolves_in_onednn(input, shape, kernel, stride, dilation, groups)
