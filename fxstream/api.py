@@ -247,13 +247,11 @@ def fit_graph(
     planning = time.perf_counter()
     before = profile(graph_module)
     model = model or before
-    held = (model.weight_bytes if resident is None else resident.bytes) + int(model.input_bytes) + held_bytes
+    held = (model.weight_bytes if resident is None else resident.bytes) + int(model.input_bytes)
     if budget is None:
         allowed: int | None = before.peak_bytes
-    elif budget.share is not None:
-        allowed = int(budget.share * model.peak_bytes) - held_bytes
     else:
-        allowed = budget.activation_bytes(model.peak_bytes, held)
+        allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
     streamed = stream(graph_module, allowed, allow_recompute)
     failed = allowed is not None and streamed.after.peak_bytes > allowed
     if failed:
@@ -277,7 +275,7 @@ def _budget_error(
     made: Plan, budget: Budget, allowed: int, held: int, cached: int, resident: Resident | None
 ) -> MemoryBudgetError:
     account = "activations alone" if budget.share is not None else "weights, inputs and activations"
-    extra = cached if budget.share is not None else held
+    extra = cached if budget.share is not None else held + cached
     lowest = made.after.peak_bytes + extra
     largest = made.after.holders[0] if made.after.holders else None
     where = made.after.nodes[made.after.peak_index]
@@ -292,10 +290,10 @@ def _budget_error(
         message += f" ({format_bytes(largest.bytes)})"
     if cached:
         message += f". Held between steps: {format_bytes(cached)}"
-    if budget.share is None and held >= allowed + extra:
-        message += f". Weights and inputs alone hold {format_bytes(held - cached)}"
+    if budget.share is None and held + cached >= allowed + extra:
+        message += f". Weights and inputs alone hold {format_bytes(held)}"
     elif stage and budget.share is None:
-        message += f". Beside its activations the pipeline holds {format_bytes(held)}"
+        message += f". Beside its activations the pipeline holds {format_bytes(held + cached)}"
     message += (
         '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'
     )

@@ -13,7 +13,8 @@ from torch import fx
 
 from fxstream.budget import Budget
 from fxstream.compiled import check_compiler, compile_by
-from fxstream.dynamo import plan_graph, refuse_gradients, without_autocast
+from fxstream.dynamo import plan_graph, refuse_gradients
+from fxstream.module import without_autocast
 
 OPTIONS = ("memory_budget", "inner", "allow_recompute")
 

@@ -42,14 +42,15 @@ class Budget:
             raise ValueError(f"memory_budget {budget!r} is not more than nothing: {_FORMS}")
         return Budget(total_bytes=size)
 
-    def activation_bytes(self, peak_bytes: int, held_bytes: int) -> int | None:
+    def activation_bytes(self, peak_bytes: int, held_bytes: int, kept_bytes: int = 0) -> int | None:
         """What is left for activations, in bytes; None where the lowest is asked for.
 
-        ``peak_bytes`` is the captured graph's activation peak, ``held_bytes`` its weights and inputs.
+        ``peak_bytes`` is the captured graph's activation peak, ``held_bytes`` its weights and inputs,
+        ``kept_bytes`` activations of other calls, which a share is of, too.
         """
         if self.share is not None:
-            return int(self.share * peak_bytes)
-        return None if self.total_bytes is None else self.total_bytes - held_bytes
+            return int(self.share * peak_bytes) - kept_bytes
+        return None if self.total_bytes is None else self.total_bytes - held_bytes - kept_bytes
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +74,6 @@ def refuse_gradients(inputs: Sequence[Any], what: str) -> None:
             f"{what} runs inference only, but autograd is on and a parameter or an input requires a gradient: call it "
             "under torch.no_grad(), or call requires_grad_(False) first"
         )
-
-
-@contextmanager
-def without_autocast(inputs: Sequence[Any]) -> Iterator[None]:
-    """Without autocast on the devices of these inputs: what it does is in a captured graph already."""
-    with ExitStack() as stack:
-        for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)}:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def numbers(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
 from operator import attrgetter
@@ -164,9 +164,7 @@ class StreamedModule(nn.Module):
             return region(lambda: function(*args, **kwargs), token=self._region.token)
         inputs = Inputs.of(args, kwargs)
         compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
-        device = inputs.tensors[0].device.type if inputs.tensors else "cpu"
-        # What autocast does is in the graph already.
-        with torch.no_grad(), torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
+        with torch.no_grad(), without_autocast(inputs.tensors):
             return compiled.captured.result(self._run(compiled, inputs.tensors))
 
     def _run(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -248,6 +246,16 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 for _name in _FORWARDED:
     setattr(StreamedModule, _name, _forwarded(_name))
+
+
+@contextmanager
+def without_autocast(inputs: Sequence[Any]) -> Iterator[None]:
+    """Without autocast on the devices of these inputs: what it does is in a captured graph already."""
+    with ExitStack() as stack:
+        for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)} or {"cpu"}:
+            if _autocast(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _autocast(device: str) -> torch.dtype | None:

@@ -23,8 +23,8 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstream.compiled import BACKEND, compile_by
-from fxstream.dynamo import PlannedGraph, numbers, plan_graph, refuse_gradients, without_autocast
-from fxstream.module import REGIONS
+from fxstream.dynamo import PlannedGraph, numbers, plan_graph, refuse_gradients
+from fxstream.module import REGIONS, without_autocast
 from fxstream.passes.lower import identity
 
 STREAMED = "fxstream"

@@ -101,7 +101,7 @@ def find_candidates(program: Program, run: Run) -> Iterator[Candidate]:
 def _hills(program: Program, run: Run) -> Iterator[tuple[int, int]]:
     """Intervals of a run across which nowhere fewer bytes live on than at both edges, and at some node many more."""
     cuts, live = program.cut_bytes, program.live_bytes
-    least = LEAST_HILL * max(live)
+    least = LEAST_HILL * program.peak_bytes
     rising: list[tuple[int, float]] = []  # positions at rising cuts, and the most that is live from there on
     for at in range(run.start, run.end + 2):
         most = 0.0

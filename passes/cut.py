@@ -151,14 +151,13 @@ def _minimum_cut(
 ) -> tuple[fx.Node, ...]:
     """The values of fewest bytes that separate ``skipped`` from the output and from ``kept``.
 
-    Every node is an edge of its bytes: to cut it is to hold its value. The flow runs from the output, so that of equal
+    The flow runs from the output, so that of equal
     cuts the one found lies furthest from the output.
     """
     flow = nx.DiGraph()
     output = graph.output_node()
     for node in needed:
-        held = bytes_of(node.meta["val"]) if isinstance(node.meta["val"], torch.Tensor) else float("inf")
-        flow.add_edge((node, "read"), (node, "made"), capacity=max(held, 1))
+        _add_value(flow, node)
         if node in skipped:
             flow.add_edge((node, "made"), "skipped")
         for user in node.users:
@@ -186,8 +185,7 @@ def _advanced(graph: fx.Graph, cut: tuple[fx.Node, ...], current: tuple[fx.Node,
     follows = _reached(cut, lambda node: [user for user in node.users if user in computed]) - fresh
     flow = nx.DiGraph()
     for node in follows:
-        held = bytes_of(node.meta["val"]) if isinstance(node.meta["val"], torch.Tensor) else float("inf")
-        flow.add_edge((node, "read"), (node, "made"), capacity=max(held, 1))
+        _add_value(flow, node)
         if node in cut:
             flow.add_edge("cut", (node, "read"))
         for user in node.users:
@@ -197,6 +195,12 @@ def _advanced(graph: fx.Graph, cut: tuple[fx.Node, ...], current: tuple[fx.Node,
     return tuple(
         node for node in graph.nodes if node in follows and (node, "made") in reading and (node, "read") not in reading
     )
+
+
+def _add_value(flow: nx.DiGraph, node: fx.Node) -> None:
+    """A node as an edge of its bytes: to cut it is to hold its value."""
+    held = bytes_of(node.meta["val"]) if isinstance(node.meta["val"], torch.Tensor) else float("inf")
+    flow.add_edge((node, "read"), (node, "made"), capacity=max(held, 1))
 
 
 def _cheapest_way(graph: fx.Graph, start: fx.Node, cost: Mapping[fx.Node, int]) -> set[fx.Node]:

@@ -64,6 +64,11 @@ class Program:
         return self.liveness.live_bytes()
 
     @cached_property
+    def peak_bytes(self) -> int:
+        """The most that is live during any node."""
+        return max(self.live_bytes)
+
+    @cached_property
     def cut_bytes(self) -> list[int]:
         """Bytes live across the boundary before each position, and after the last."""
         changes = [0] * (len(self.values) + 1)

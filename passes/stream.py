@@ -214,7 +214,7 @@ def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
 
 def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
     """The candidates of the runs at those positions where memory is high."""
-    hot = HOT_SHARE * max(program.live_bytes)
+    hot = HOT_SHARE * program.peak_bytes
     runs = find_runs(program, [index for index in where if program.live_bytes[index] >= hot])
     return [candidate for run in runs for candidate in find_candidates(program, run)]
 

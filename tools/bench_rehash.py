@@ -31,11 +31,11 @@ from fxstream import StepRehash
 from fxstream.passes.flops import FORMULAS
 from fxstream.passes.liveness import storages_of
 from fxstream.tools import catalogue
-from fxstream.tools.bench import processor, relative_l2
+from fxstream.tools.bench import MIB, processor, relative_l2
 from fxstream.tools.generation import generate, load, noise_schedule
 from fxstream.tools.measure import measure_peak
 
-MIB, GIGA = 2**20, 1e9
+GIGA = 1e9
 BATCH = 4
 """Seeds that are made into clips together."""
 
@@ -57,6 +57,10 @@ class Way:
     seconds: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     relative: list[float] = field(default_factory=list)
+
+    def times_faster(self, than: Way) -> float:
+        """The median over rounds."""
+        return statistics.median(a / b for a, b in zip(than.seconds, self.seconds, strict=True))
 
 
 def main() -> None:
@@ -203,7 +207,6 @@ def _flops(way: Way, plain: Way, steps: int) -> float:
 def _table(ways: list[Way]) -> str:
     rows = []
     for way in ways:
-        ratio = statistics.median(a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True))
         rows.append(
             [
                 way.name,
@@ -211,7 +214,7 @@ def _table(ways: list[Way]) -> str:
                 "" if math.inf in way.psnr else f"{statistics.mean(way.psnr):.2f}",
                 f"{statistics.mean(way.relative):.4f}",
                 f"{statistics.median(way.seconds):.2f}",
-                f"{ratio:.2f}",
+                f"{way.times_faster(ways[0]):.2f}",
                 f"{way.flops / GIGA:.0f}",
                 f"{way.peak_bytes / MIB:.2f}",
                 "" if way.held_bytes is None else f"{way.held_bytes / MIB:.2f}",
@@ -253,8 +256,8 @@ def _plot(ways: list[Way], path: Path, title: str) -> None:
         quality = [statistics.mean(way.psnr) for way in members]
         axes.scatter(quality, range(len(members)))
         for row, (way, x) in enumerate(zip(members, quality, strict=True)):
-            speed = statistics.median(a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True))
-            axes.annotate(f"{speed:.2f}x faster", (x, row), textcoords="offset points", xytext=(7, -3), fontsize=8)
+            faster = f"{way.times_faster(ways[0]):.2f}x faster"
+            axes.annotate(faster, (x, row), textcoords="offset points", xytext=(7, -3), fontsize=8)
         axes.set_yticks(range(len(members)), [way.name for way in members])
         axes.set(xlabel=f"PSNR to no cache, dB, with {group} steps in full")
         axes.margins(x=0.25, y=0.08)

@@ -9,31 +9,21 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._dynamo.utils import counters
 
 import fxstream
 from fxstream.tools.measure import measure_peak
+from tests.dynamo import fresh_dynamo, graphs  # noqa: F401 (a fixture)
 from tests.passes.programs import Network, TokenFeedForward, example
 
 NAMES = ("spatial", "temporal", "pixels", "feedforward", "skip")
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, memory_budget="min", inner="eager", **options):
     options = {"memory_budget": memory_budget, "inner": inner, **options}
     return torch.compile(model, backend="fxstream", options=options, fullgraph=True)
-
-
-def graphs():
-    return counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from fxstream.loop import SlicedLoop
 from fxstream.passes.lower import CompiledPart
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
+from tests.dynamo import fresh_dynamo  # noqa: F401 (a fixture)
 from tests.passes.programs import Network, TokenFeedForward, example
 
 BUDGET = 0.45
@@ -25,12 +26,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

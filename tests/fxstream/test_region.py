@@ -6,25 +6,14 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._dynamo.utils import counters
 
 import fxstream
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
+from tests.dynamo import fresh_dynamo, graphs  # noqa: F401 (a fixture)
 from tests.passes.programs import Branch, Network, TokenFeedForward, example
 
-
-@pytest.fixture(autouse=True)
-def inference():
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
-
-
-def graphs():
-    return counters["stats"]["unique_graphs"]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(module, backend="aot_eager"):
