@@ -26,12 +26,14 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+_DATA = torch.Tensor.data.__get__  # a new wrapper at each look, equal to the last
 ROOT = "model"
 """Name under which a captured graph holds the user's module."""
 
@@ -239,7 +241,7 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
     flat = _Flat(module, function, inputs, results.append)
     try:
-        with torch.no_grad(), _quiet(), _attributes_kept(module):
+        with torch.no_grad(), _quiet(), _attributes_kept(module), _DataSeen():
             exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
             exported = exported.run_decompositions({})
     except _ForwardError as error:
@@ -248,6 +250,16 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         raise _capture_error(module, error) from error
     _check_static(exported, module)
     return Captured(_graph_module(exported, module), inputs.without_tensors(), *results[-1])
+
+
+class _DataSeen(TorchFunctionMode):
+    """Takes ``tensor.data`` for ``tensor.detach()``, so that what is written to it is written to the tensor.
+
+    ``torch.export`` has no eye for the first: it takes it for a constant.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].detach() if function == _DATA else function(*args, **(kwargs or {}))
 
 
 @contextmanager

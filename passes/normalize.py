@@ -1,7 +1,8 @@
 """Normalize: drop what a captured graph computes for nothing.
 
-Assertions, copies that change neither layout nor dtype, multiplication and division by one, dead code. Every
-change leaves each remaining value as it was, to the bit and to the stride.
+Assertions, copies that change neither layout nor dtype, multiplication and division by one, pads of no width, dead
+code; and operators that read a tensor only for its dtype are put so that they don't. Every change leaves each remaining
+value as it was, to the bit and to the stride.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fxstream.passes.propagate import propagate
 aten = torch.ops.aten
 
 COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
 IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
 UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 
 
@@ -27,6 +30,7 @@ def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        _forget_kind(node)
         if _is_assertion(node):
             graph.erase_node(node)
         elif _is_identity(node) and not _must_be_another(node, returned, written):
@@ -38,6 +42,18 @@ def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
+def _forget_kind(node: fx.Node) -> None:
+    """Let a node not read a tensor of which it needs the dtype alone, and which would be held for it."""
+    if node.target is aten.type_as.default:
+        value = node.meta["val"]
+        node.target, node.args = aten._to_copy.default, node.args[:1]
+        node.kwargs = {"dtype": value.dtype, "device": value.device}
+    elif node.target in SCATTERS:  # an assignment to a part: what is assigned, converted to the part's dtype anyway
+        base, part, *where = node.args
+        if part.target is aten.copy.default and part.args[1].meta["val"].shape == part.meta["val"].shape:
+            node.args = (base, part.args[1], *where)
+
+
 def _is_assertion(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and not node.target._schema.returns and not node.users
 
@@ -45,7 +61,7 @@ def _is_assertion(node: fx.Node) -> bool:
 def _is_identity(node: fx.Node) -> bool:
     if node.target in IDENTITIES:
         return True
-    if node.target in COPIES:
+    if node.target in COPIES or (node.target in PADS and not any(node.args[1])):
         return _same_layout(node)
     if node.target in UNIT_SCALES:
         factor = node.args[1]

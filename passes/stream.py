@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from torch import fx
 
@@ -31,7 +32,10 @@ HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live."""
 
 LARGE_SHARE = 0.01
-"""An outer loop begins at the first node that moves at least this share of the peak."""
+"""An outer loop begins at one of the first nodes that move at least this share of the peak."""
+
+FIRST_LARGE = 8
+"""How many of those nodes are tried: the first may be constants, such as positions, that no such loop runs through."""
 
 OUTER_SHARE = 0.5
 """A run through at least this share of the graph may become an outer loop."""
@@ -203,9 +207,10 @@ def _costs(program: Program) -> CostModel:
 
 
 def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
-    """The run through nearly all of the graph, from its first large value on, whose body holds least."""
-    large = next(i for i in range(len(program)) if program.traffic[i][0] >= LARGE_SHARE * peak_bytes)
-    through = [run for run in find_runs(program, [large]) if len(run.slices) >= OUTER_SHARE * len(program)]
+    """The run through nearly all of the graph, from one of its first large values on, whose body holds least."""
+    large = (i for i in range(len(program)) if program.traffic[i][0] >= LARGE_SHARE * peak_bytes)
+    runs = find_runs(program, islice(large, FIRST_LARGE))
+    through = [run for run in runs if len(run.slices) >= OUTER_SHARE * len(program)]
     runs = [run for run in through if run.extent <= most]
     found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
     alone = [candidate for candidate in found if not candidate.halo]

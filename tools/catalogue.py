@@ -5,6 +5,8 @@ inputs follow from both. `build` gives the published model without its weights: 
 `small` gives the same class with a few channels and random weights, which runs on any CPU.
 """
 
+from __future__ import annotations
+
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,16 +21,29 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of one call. Height and width are those of the video in pixels; a latent has one for 8 x 8."""
+    """The size of one call: a video's frames, and its height and width in pixels.
+
+    A step of the latent stands for ``steps``: frames, of which the first has a step of its own, and pixels each way.
+    """
 
     frames: int
     height: int
     width: int
     batch: int = 2  # classifier-free guidance runs the prompt and the empty prompt together
+    steps: tuple[int, int] = (1, 8)
 
     @property
     def latent(self) -> tuple[int, int]:
-        return self.height // 8, self.width // 8
+        """Height and width of the latent."""
+        return self.height // self.steps[1], self.width // self.steps[1]
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.frames - 1) // self.steps[0] + 1
+
+    def resized(self, **sizes: int | None) -> Shape:
+        """The same with other frames, height, width or batch, where they are not None."""
+        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,54 @@ def image_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) ->
     """Images of 3 channels: (batch * frames, 3, height, width)."""
     images = torch.randn(shape.batch * shape.frames, 3, shape.height, shape.width, dtype=dtype)
     return (images,), {"return_dict": False}
+
+
+def video_code_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents of videos, their frames compressed too: (batch, channels, frames, h, w)."""
+    channels = config["z_dim" if "z_dim" in config else "latent_channels"]
+    latents = torch.randn(shape.batch, channels, shape.latent_frames, *shape.latent, dtype=dtype)
+    return (latents,), {"return_dict": False}
+
+
+def wan_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents (batch, 16, frames, h, w), a timestep a sample, and T5's embedding (batch, 512, channels)."""
+    latents = torch.randn(shape.batch, config["in_channels"], shape.latent_frames, *shape.latent, dtype=dtype)
+    text = torch.randn(shape.batch, 512, config["text_dim"], dtype=dtype)
+    return (latents, torch.full((shape.batch,), 500), text), {"return_dict": False}
+
+
+def cogvideox_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents (batch, frames, 16, h, w), T5's embedding (batch, 226, channels), and a timestep a sample."""
+    latents = torch.randn(shape.batch, shape.latent_frames, config["in_channels"], *shape.latent, dtype=dtype)
+    text = torch.randn(shape.batch, config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype)
+    return (latents, text, torch.full((shape.batch,), 500)), {"return_dict": False}
+
+
+def ltx_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents as tokens (batch, frames * h * w, 128), T5's embedding (batch, 128, channels) with its mask."""
+    frames, (height, width) = shape.latent_frames, shape.latent
+    latents = torch.randn(shape.batch, frames * height * width, config["in_channels"], dtype=dtype)
+    text = torch.randn(shape.batch, 128, config["caption_channels"], dtype=dtype)
+    mask = torch.ones(shape.batch, 128, dtype=torch.int64)
+    every_frame, pixels = shape.steps
+    sizes = {"num_frames": frames, "height": height, "width": width}
+    scale = {"rope_interpolation_scale": (every_frame / 25, pixels, pixels)}  # 25 frames a second
+    return (latents, text, torch.full((shape.batch,), 500), mask), sizes | scale | {"return_dict": False}
+
+
+def hunyuanvideo_inputs(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Latents (batch, 16, frames, h, w), Llama's embedding (batch, 256, channels) with its mask, CLIP's, and guidance.
+
+    Guidance is an input of the distilled model, which needs no empty prompt.
+    """
+    latents = torch.randn(shape.batch, config["in_channels"], shape.latent_frames, *shape.latent, dtype=dtype)
+    conditions = {
+        "encoder_hidden_states": torch.randn(shape.batch, 256, config["text_embed_dim"], dtype=dtype),
+        "encoder_attention_mask": torch.ones(shape.batch, 256, dtype=torch.int64),
+        "pooled_projections": torch.randn(shape.batch, config["pooled_projection_dim"], dtype=dtype),
+        "guidance": torch.full((shape.batch,), 6000.0, dtype=dtype),
+    }
+    return (latents, torch.full((shape.batch,), 500)), conditions | {"return_dict": False}
 
 
 # The four channel widths of Stable Diffusion 1 and 2, which all of these share.
@@ -226,7 +289,143 @@ SD_VAE = Entry(
 
 SD_VAE_ENCODE = replace(SD_VAE, name="sd-vae-encode", inputs=image_inputs, method="encode")
 
-ENTRIES = (SVD, SVD_XT, ANIMATEDIFF, MODELSCOPE, I2VGENXL, SVD_VAE, SD_VAE, SD_VAE_ENCODE)
+# The transformers below and the decoders of their videos. Where the configuration is that of the class's defaults,
+# only what their inputs are made of stands here.
+WAN = Entry(
+    name="wan-transformer",
+    class_path="diffusers:WanTransformer3DModel",
+    source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json",
+    config={
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+        "in_channels": 16,
+        "text_dim": 4096,
+    },
+    small={"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 2, "text_dim": 32},
+    shape=Shape(frames=81, height=480, width=832, steps=(4, 8)),
+    inputs=wan_inputs,
+    pipeline="WanPipeline",
+    component="transformer",
+)
+
+COGVIDEOX = Entry(
+    name="cogvideox-transformer",
+    class_path="diffusers:CogVideoXTransformer3DModel",
+    source="THUDM/CogVideoX-2b, transformer/config.json",
+    config={
+        "num_attention_heads": 30,
+        "num_layers": 30,
+        "in_channels": 16,
+        "text_embed_dim": 4096,
+        "max_text_seq_length": 226,
+        "sample_frames": 49,
+    },
+    small={"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "time_embed_dim": 32}
+    | {"text_embed_dim": 32, "max_text_seq_length": 16},
+    shape=Shape(frames=49, height=480, width=720, steps=(4, 8)),
+    inputs=cogvideox_inputs,
+    pipeline="CogVideoXPipeline",
+    component="transformer",
+)
+
+LTX = Entry(
+    name="ltx-transformer",
+    class_path="diffusers:LTXVideoTransformer3DModel",
+    source="Lightricks/LTX-Video, transformer/config.json",
+    config={"num_attention_heads": 32, "num_layers": 28, "in_channels": 128, "caption_channels": 4096},
+    small={"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2}
+    | {"in_channels": 16, "out_channels": 16, "caption_channels": 32},
+    shape=Shape(frames=161, height=512, width=768, steps=(8, 32)),
+    inputs=ltx_inputs,
+    pipeline="LTXPipeline",
+    component="transformer",
+)
+
+HUNYUANVIDEO = Entry(
+    name="hunyuanvideo-transformer",
+    class_path="diffusers:HunyuanVideoTransformer3DModel",
+    source="hunyuanvideo-community/HunyuanVideo, transformer/config.json",
+    config={
+        "num_attention_heads": 24,
+        "num_layers": 20,
+        "num_single_layers": 40,
+        "in_channels": 16,
+        "text_embed_dim": 4096,
+        "pooled_projection_dim": 768,
+    },
+    small={"num_attention_heads": 2, "attention_head_dim": 16, "rope_axes_dim": (4, 6, 6), "num_layers": 1}
+    | {"num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 32, "pooled_projection_dim": 16},
+    shape=Shape(frames=129, height=544, width=960, batch=1, steps=(4, 8)),
+    inputs=hunyuanvideo_inputs,
+    pipeline="HunyuanVideoPipeline",
+    component="transformer",
+)
+
+WAN_VAE = Entry(
+    name="wan-vae",
+    class_path="diffusers:AutoencoderKLWan",
+    source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers, vae/config.json",
+    config={"base_dim": 96, "z_dim": 16},
+    small={"base_dim": 8, "num_res_blocks": 1},
+    shape=Shape(frames=81, height=480, width=832, batch=1, steps=(4, 8)),
+    inputs=video_code_inputs,
+    method="decode",
+    pipeline="WanPipeline",
+    component="vae",
+)
+
+COGVIDEOX_VAE = Entry(
+    name="cogvideox-vae",
+    class_path="diffusers:AutoencoderKLCogVideoX",
+    source="THUDM/CogVideoX-2b, vae/config.json",
+    config={
+        "block_out_channels": (128, 256, 256, 512),
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "layers_per_block": 3,
+        "latent_channels": 16,
+    },
+    small={"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+    shape=Shape(frames=49, height=480, width=720, batch=1, steps=(4, 8)),
+    inputs=video_code_inputs,
+    method="decode",
+    pipeline="CogVideoXPipeline",
+    component="vae",
+)
+
+LTX_VAE = Entry(
+    name="ltx-vae",
+    class_path="diffusers:AutoencoderKLLTXVideo",
+    source="Lightricks/LTX-Video, vae/config.json",
+    config={"latent_channels": 128},
+    small={"block_out_channels": (8, 16, 16, 16), "decoder_block_out_channels": (8, 16, 16, 16)}
+    | {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5, "latent_channels": 16},
+    shape=Shape(frames=161, height=512, width=768, batch=1, steps=(8, 32)),
+    inputs=video_code_inputs,
+    method="decode",
+    pipeline="LTXPipeline",
+    component="vae",
+)
+
+HUNYUANVIDEO_VAE = Entry(
+    name="hunyuanvideo-vae",
+    class_path="diffusers:AutoencoderKLHunyuanVideo",
+    source="hunyuanvideo-community/HunyuanVideo, vae/config.json",
+    config={"latent_channels": 16},
+    small={"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+    shape=Shape(frames=33, height=544, width=960, batch=1, steps=(4, 8)),
+    inputs=video_code_inputs,
+    method="decode",
+    pipeline="HunyuanVideoPipeline",
+    component="vae",
+)
+
+UNETS = (SVD, SVD_XT, ANIMATEDIFF, MODELSCOPE, I2VGENXL)
+TRANSFORMERS = (WAN, COGVIDEOX, LTX, HUNYUANVIDEO)
+VAES = (SVD_VAE, SD_VAE, SD_VAE_ENCODE, WAN_VAE, COGVIDEOX_VAE, LTX_VAE, HUNYUANVIDEO_VAE)
+ENTRIES = (*UNETS, *TRANSFORMERS, *VAES)
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
 
 
@@ -247,8 +446,7 @@ def build(
     fake tensors of one FakeTensorMode and nothing is allocated; without, weights and inputs are random.
     """
     entry = _entry(name)
-    given = {"frames": frames, "height": height, "width": width, "batch": batch}
-    shape = replace(entry.shape, **{key: value for key, value in given.items() if value is not None})
+    shape = entry.shape.resized(frames=frames, height=height, width=width, batch=batch)
     with building(device, fake):
         model = _construct(entry, entry.config, dtype)
         args, kwargs = entry.inputs(entry.config, shape, dtype)
@@ -280,7 +478,8 @@ def small(
     """
     entry = name if isinstance(name, Entry) else _entry(name)
     config = {**entry.config, **entry.small}
-    shape = Shape(frames, height * 8, width * 8, batch)
+    pixels = entry.shape.steps[1]
+    shape = entry.shape.resized(frames=frames, height=height * pixels, width=width * pixels, batch=batch)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = _construct(entry, config, torch.float32)

@@ -1,11 +1,12 @@
 """Prints the README's table: every model of the catalogue at its published size, planned to the lowest reachable.
 
-Run with `make table`; nothing is computed and no weights are needed. Seconds are this machine's. What recomputing
-gains is planned for decoders, whose norms' inputs it saves.
+Run with `make table`, or `python -m fxstream.tools.table NAME ...` for some of them; nothing is computed and no weights
+are needed. Seconds are this machine's. What recomputing gains is planned for decoders, whose norms' inputs it saves.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -27,7 +28,10 @@ HEADERS = [
 
 
 def main() -> None:
-    rows = [_row(name, size) for name, size in [*((name, {}) for name in CATALOGUE), *FURTHER]]
+    parser = argparse.ArgumentParser(description="Plan models of the catalogue to the lowest reachable peak.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="all without")
+    names = parser.parse_args().names or CATALOGUE
+    rows = [_row(name, size) for name, size in [*((name, {}) for name in CATALOGUE), *FURTHER] if name in names]
     print(tabulate(rows, headers=HEADERS, tablefmt="github", disable_numparse=True))
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 # Help and errors of usage come at once: what needs torch is imported by the command that runs, so the names of the
 # catalogue stand here once more.
 UNETS = ("svd-unet", "svd-xt-unet", "animatediff-unet", "modelscope-unet", "i2vgenxl-unet")
-NAMES = (*UNETS, "svd-vae", "sd-vae", "sd-vae-encode")
+TRANSFORMERS = ("wan-transformer", "cogvideox-transformer", "ltx-transformer", "hunyuanvideo-transformer")
+VAES = ("svd-vae", "sd-vae", "sd-vae-encode", "wan-vae", "cogvideox-vae", "ltx-vae", "hunyuanvideo-vae")
+NAMES = (*UNETS, *TRANSFORMERS, *VAES)
 
 FORMS = "a name of `fxstream models`, a diffusers folder or config.json, or package.module:function"
 
@@ -156,13 +158,13 @@ def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
 
     entry = catalogue.CATALOGUE[name]
     dtype = _dtype(size.dtype or ("float32" if small else "float16"))
+    shape = entry.shape.resized(**{**(SMALL if small else {}), **size.given()})
+    sizes = {"frames": shape.frames, "height": shape.height, "width": shape.width, "batch": shape.batch}
     if small:
-        shape = catalogue.Shape(**{**SMALL, **size.given()})
-        latents = {"height": shape.height // 8, "width": shape.width // 8}
-        made = _moved(catalogue.small(name, dtype=dtype, **{**asdict(shape), **latents}), size.device)
+        latent = dict(zip(("height", "width"), shape.latent, strict=True))
+        made = _moved(catalogue.small(name, dtype=dtype, **{**sizes, **latent}), size.device)
     else:
-        shape = replace(entry.shape, **size.given())
-        made = catalogue.build(name, **asdict(shape), dtype=dtype, device=size.device, fake=fake)
+        made = catalogue.build(name, **sizes, dtype=dtype, device=size.device, fake=fake)
     call, args, kwargs = made
     model = call if isinstance(call, torch.nn.Module) else call.__self__
     return Target(name, model, call, args, kwargs, shape, _steps(model, call is model))

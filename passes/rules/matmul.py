@@ -73,6 +73,11 @@ def matmul(call: Call, out: Slice) -> Cut | None:
     return product(call, out, terms, "..." + "m" * left + "n" * right)
 
 
+@rule(aten.outer.default)
+def outer(call: Call, out: Slice) -> Cut | None:
+    return product(call, out, {"self": "m", "vec2": "n"}, "mn")
+
+
 @rule(aten.einsum.default)
 def einsum(call: Call, out: Slice) -> Cut | None:
     tensors = call.arguments["tensors"]

@@ -21,7 +21,7 @@ ACTIVATIONS = """
 """
 LOGIC = """
     eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
-    isnan isinf isfinite where masked_fill
+    __and__ __or__ __xor__ isnan isinf isfinite where masked_fill fill
 """
 
 
@@ -50,6 +50,7 @@ rule(
     aten.alias.default,
     aten.detach.default,
     aten.lift_fresh_copy.default,
+    aten.empty_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,

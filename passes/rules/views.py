@@ -157,6 +157,16 @@ def expand(call: Call, out: Slice) -> Cut:
 rule(aten.expand_as.default)(broadcast)
 
 
+@rule(aten.meshgrid.indexing)
+def meshgrid(call: Call, out: Slice) -> Cut | None:
+    """A dimension for each tensor, the first two in turn where the indexing is "xy"."""
+    order = list(range(len(call.shape)))
+    if call.arguments["indexing"] == "xy":
+        order[:2] = order[1::-1]
+    pieces = [out.at(0) if own == order[out.dim] and tensor.dim() else None for own, tensor in enumerate(call.tensors)]
+    return cut(call, {"tensors": pieces})
+
+
 @rule(aten.repeat.default)
 def repeat(call: Call, out: Slice) -> Cut | None:
     """Output dimension = (repeats, input): the axis lies in one of the two."""

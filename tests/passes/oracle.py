@@ -13,12 +13,16 @@ from torch.utils import _pytree as pytree
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten._unsafe_view.default)  # parts of a tensor have strides that a view may refuse
+COMPARABLE = {
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default),
+    aten.empty_like.default: aten.zeros_like.default,
+}
+"""What stands for operators here: parts of a tensor have strides that a view may refuse, and empty ones any values."""
 
 
 def run(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the operator returns."""
-    return aten.reshape.default(*args) if target in VIEWS else target(*args, **kwargs)
+    return COMPARABLE.get(target, target)(*args, **kwargs)
 
 
 def call_of(target: OpOverload, *args: Any, **kwargs: Any) -> Call:

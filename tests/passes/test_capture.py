@@ -536,6 +536,17 @@ FAILURES = {
 }
 
 
+def test_what_is_written_to_the_data_of_a_tensor_is_seen():
+    class Padded(nn.Module):
+        def forward(self, x):
+            wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+            wide.data[..., ::2].copy_(x)
+            return wide + 1
+
+    captured = capture(Padded(), (X,))
+    assert torch.equal(captured.graph_module(X)[0], Padded()(X))
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_errors_name_the_module_and_the_line(name, capfd, caplog):
     kind, inner, function, text, advice = FAILURES[name]

@@ -74,6 +74,7 @@ IDLE = {
     "div by 1": lambda m, x: ((x + 1) / 1) * 2,
     "dropout": lambda m, x: nn.functional.dropout(x + 1, 0.5, m.training) * 2,
     "dropout2d": lambda m, x: nn.functional.dropout2d(x + 1, 0.5, m.training) * 2,
+    "pad by nothing": lambda m, x: nn.functional.pad(x + 1, (0, 0, 0, 0), mode="replicate") * 2,
     "detach": lambda m, x: (x + 1).detach() * 2,
     "several in a row": lambda m, x: ((((x + 1).clone() * 1).contiguous() / 1.0).clone()) * 2,
     "dead code": lambda m, x: [x.exp().sum(), (x + 1) * 2][1],
@@ -143,6 +144,32 @@ NEEDED = {
 def test_what_must_stay(name):
     function, operator = NEEDED[name]
     assert operator in kept(function, X)
+
+
+def assigned(m, x):
+    out = torch.empty_like(x)
+    out[..., 0::2] = (x + 1)[..., 1::2].double()
+    out[..., 1::2] = x[..., 0::2]
+    return out * 2
+
+
+def of_another_kind(m, x):
+    y = x + 1
+    half = y.to(torch.bfloat16).exp()
+    return [half.type_as(y) * 2, (half * 2).type_as(half) + 1]
+
+
+FORGOTTEN = {
+    "parts of an empty tensor": (assigned, {"aten.copy.default"}),
+    "the dtype of another": (of_another_kind, {"aten.type_as.default"}),
+}
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_no_tensor_is_held_for_its_kind_alone(name):
+    function, operators_before = FORGOTTEN[name]
+    assert operators_before <= {*operators(capture(Call(function), (X,)).graph_module)}
+    assert operators_before.isdisjoint(kept(function, X))
 
 
 def test_dropout_in_training_stays():

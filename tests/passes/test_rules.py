@@ -112,7 +112,7 @@ def pointwise(random: Random, operator: OpOverload) -> Arguments:
     sizes = shape(random)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    bits = operator._schema.name.startswith("aten::bitwise")
+    bits = operator._schema.name.startswith(("aten::bitwise", "aten::__"))
     for argument in operator._schema.arguments:
         kind = str(argument.type)
         if argument.name in ("condition", "mask"):
@@ -141,6 +141,11 @@ def masked_fill(random: Random, operator: OpOverload) -> Arguments:
     return (tensor(random, *sizes), torch.rand(broadcastable(random, sizes)) > 0.5, tensor(random)), {}
 
 
+@sample(aten.fill.Tensor)
+def fill(random: Random, operator: OpOverload) -> Arguments:
+    return (tensor(random, *shape(random)), tensor(random)), {}
+
+
 @sample(aten.copy.default)
 def copy(random: Random, operator: OpOverload) -> Arguments:
     sizes = shape(random)
@@ -159,6 +164,7 @@ def type_as(random: Random, operator: OpOverload) -> Arguments:
     aten.alias.default,
     aten.detach.default,
     aten.lift_fresh_copy.default,
+    aten.empty_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
 )
@@ -738,6 +744,16 @@ def slice_scatter(random: Random, operator: OpOverload) -> Arguments:
     dim, step = dim_of(random, drawn.dim()), random.choice((1, 2))
     source = aten.slice.Tensor(drawn, dim, 0, 2**63 - 1, step)
     return (drawn, tensor(random, *source.shape), dim, 0, 2**63 - 1, step), {}
+
+
+@sample(aten.meshgrid.indexing)
+def meshgrid(random: Random, operator: OpOverload) -> Arguments:
+    return ([tensor(random, size) for size in shape(random, 2)],), {"indexing": random.choice(("ij", "xy"))}
+
+
+@sample(aten.outer.default)
+def outer(random: Random, operator: OpOverload) -> Arguments:
+    return tuple(tensor(random, size) for size in shape(random, 2, 2)), {}
 
 
 @sample(aten.select_scatter.default)

@@ -55,6 +55,18 @@ DECODERS = {
 }
 
 
+FAMILIES = {
+    "wan-transformer": dict(frames=9, height=8, width=12),
+    "cogvideox-transformer": dict(frames=9, height=8, width=12),
+    "ltx-transformer": dict(frames=17, height=8, width=12),
+    "hunyuanvideo-transformer": dict(frames=9, height=8, width=12, batch=1),
+    "wan-vae": dict(frames=5, height=8, width=12, batch=1),
+    "cogvideox-vae": dict(frames=9, height=8, width=12, batch=1),
+    "ltx-vae": dict(frames=17, height=4, width=6, batch=1),
+    "hunyuanvideo-vae": dict(frames=9, height=8, width=12, batch=1),
+}
+
+
 def first(result):
     """The tensor that a call returns, of a distribution its mean."""
     return result[0] if isinstance(result[0], torch.Tensor) else result[0].mean
@@ -111,6 +123,11 @@ def test_a_streamed_unet_is_equal_and_as_predicted(name, dtype):
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_streamed_decoder_is_equal_and_as_predicted(name):
     check(CATALOGUE[name], torch.float32, DECODERS[name], (0.75, 0.5, None))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_streamed_transformer_or_its_decoder_is_equal_and_as_predicted(name):
+    check(CATALOGUE[name], torch.float32, FAMILIES[name], (None,))
 
 
 @pytest.mark.parametrize("name", ["svd-vae", "sd-vae"])

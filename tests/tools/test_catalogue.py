@@ -10,7 +10,8 @@ from fxstream.tools.measure import measure_peak
 
 GIB = 2**30
 NAMES = list(catalogue.CATALOGUE)
-UNETS = [name for name, entry in catalogue.CATALOGUE.items() if entry.method == "forward"]
+UNETS = [entry.name for entry in catalogue.UNETS]
+TRANSFORMERS = [entry.name for entry in catalogue.TRANSFORMERS]
 
 # Bytes of the published weights in float16.
 PARAMETER_GIB = {
@@ -22,6 +23,14 @@ PARAMETER_GIB = {
     "svd-vae": 0.182,
     "sd-vae": 0.156,
     "sd-vae-encode": 0.156,
+    "wan-transformer": 2.64,
+    "cogvideox-transformer": 3.15,
+    "ltx-transformer": 3.58,
+    "hunyuanvideo-transformer": 23.88,
+    "wan-vae": 0.236,
+    "cogvideox-vae": 0.401,
+    "ltx-vae": 0.78,
+    "hunyuanvideo-vae": 0.459,
 }
 
 LATENTS = {
@@ -33,6 +42,14 @@ LATENTS = {
     "svd-vae": (14, 4, 72, 128),
     "sd-vae": (16, 4, 72, 128),
     "sd-vae-encode": (16, 3, 576, 1024),
+    "wan-transformer": (2, 16, 21, 60, 104),
+    "cogvideox-transformer": (2, 13, 16, 60, 90),
+    "ltx-transformer": (2, 21 * 16 * 24, 128),
+    "hunyuanvideo-transformer": (1, 16, 33, 68, 120),
+    "wan-vae": (1, 16, 21, 60, 104),
+    "cogvideox-vae": (1, 16, 13, 60, 90),
+    "ltx-vae": (1, 128, 21, 16, 24),
+    "hunyuanvideo-vae": (1, 16, 9, 68, 120),
 }
 
 
@@ -102,6 +119,33 @@ def test_small_models_run_at_other_shapes(name):
     if name.startswith("svd"):
         expected[2] = 4
     assert list(output.shape) == expected
+    assert output.std() > 0.01
+
+
+FRAME_DIM = {"wan-transformer": 2, "cogvideox-transformer": 1, "ltx-transformer": 1, "hunyuanvideo-transformer": 2}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_small_transformers_mix_frames(name):
+    model, args, kwargs = catalogue.small(name, frames=17, height=4, width=6)
+    moved = args[0].clone()
+    moved.select(FRAME_DIM[name], 0).normal_(generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        (before,) = model(*args, **kwargs)
+        (after,) = model(moved, *args[1:], **kwargs)
+    assert before.shape == args[0].shape
+    change, last = ((value.select(FRAME_DIM[name], -1)) for value in (after - before, before))
+    assert change.norm() > 0.001 * last.norm() > 0
+
+
+@pytest.mark.parametrize("name", ["wan-vae", "cogvideox-vae", "ltx-vae", "hunyuanvideo-vae"])
+def test_small_decoders_make_more_frames(name):
+    decode, args, kwargs = catalogue.small(name, frames=9, height=4, width=6, batch=1)
+    frames, pixels = catalogue.CATALOGUE[name].shape.steps
+    assert args[0].shape[2:] == (8 // frames + 1, 4, 6)
+    with torch.no_grad():
+        (output,) = decode(*args, **kwargs)
+    assert output.shape == (1, 3, 9, 4 * pixels, 6 * pixels)
     assert output.std() > 0.01
 
 
