@@ -69,17 +69,20 @@ class Candidate:
         known = min(self.measured, key=lambda other: abs(other - length))
         return self.measured[known] * max(1.0, (length + self.halo) / (known + self.halo))
 
-    def without_larger(self, program: Program) -> Candidate | None:
-        """The candidate with no output over an input larger than it; None where it has none such."""
-        values = {index: program.values[index].node.meta["val"] for index in self.over}
-        sizes = {index: value.untyped_storage().nbytes() for index, value in values.items()}
-        larger = {index for index, node in self.over.items() if bytes_of(node.meta["val"]) > sizes[index]}
-        if not larger:
-            return None
+    def excess(self, program: Program) -> dict[int, int]:
+        """Outputs written over an input larger than them, and the bytes by which it is."""
+        found = {}
+        for index, node in self.over.items():
+            size = program.values[index].node.meta["val"].untyped_storage().nbytes()
+            found[index] = bytes_of(node.meta["val"]) - size
+        return {index: more for index, more in found.items() if more > 0}
+
+    def without_larger(self, program: Program) -> Candidate:
+        """The candidate with no output over an input larger than it."""
+        larger = self.excess(program)
+        sizes = (program.values[index].node.meta["val"].untyped_storage().nbytes() for index in larger)
         over = {index: node for index, node in self.over.items() if index not in larger}
-        return replace(
-            self, fixed_bytes=self.fixed_bytes + sum(sizes[index] for index in larger), over=over, measured={}
-        )
+        return replace(self, fixed_bytes=self.fixed_bytes + sum(sizes), over=over, measured={})
 
     def peak_bytes(self, slices: int) -> float:
         return self.fixed_bytes + self.body_bytes(ceil(self.run.extent / slices))

@@ -71,6 +71,8 @@ class Grouping:
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
         self._options: dict[Candidate, list[Option]] = {}
         self._fixed: set[Group] = set()
+        self._larger: set[Candidate] = set()  # those whose outputs over larger inputs are counted
+        self._held = [0] * len(program)  # by position: what these inputs hold beyond those outputs
         for candidate in candidates:
             self._by_end[candidate.end].append(candidate)
             self._weigh(candidate)
@@ -79,11 +81,12 @@ class Grouping:
         """The lowest budget for which ``choose`` finds groups."""
         best = [0.0]
         for end, live in enumerate(self.program.live_bytes):
-            lowest = max(best[end], live)
+            lowest = max(best[end], live + self._held[end])
             for candidate in self._by_end[end]:
                 before = best[candidate.start]
                 if before < lowest:
-                    lowest = min(lowest, max(before, min(o.peak_bytes for o in self._options[candidate])))
+                    least = min(o.peak_bytes for o in self._options[candidate]) + self._held_during(candidate)
+                    lowest = min(lowest, max(before, least))
             best.append(lowest)
         return best[-1]
 
@@ -92,10 +95,11 @@ class Grouping:
         paths = nx.DiGraph()
         for end, live in enumerate(self.program.live_bytes):
             segments: dict[int, tuple[float, Group | None]] = {}
-            if live <= budget:
+            if live + self._held[end] <= budget:
                 segments[end] = (self._single[end], None)
             for candidate in self._by_end[end]:
-                option = next((o for o in self._options[candidate] if o.peak_bytes <= budget), None)
+                left = budget - self._held_during(candidate)
+                option = next((o for o in self._options[candidate] if o.peak_bytes <= left), None)
                 known = segments.get(candidate.start)
                 if option is not None and (known is None or option.seconds < known[0]):
                     segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
@@ -114,13 +118,25 @@ class Grouping:
             group.candidate.measured[length] = body_bytes
             self._weigh(group.candidate)
 
-    def avoid_larger(self, group: Group) -> None:
-        """Let a group write over no input that is larger than its output: what the input holds more lives on."""
-        candidate = None if group in self._fixed else group.candidate.without_larger(self.program)
-        if candidate is not None:
+    def count_larger(self, group: Group) -> None:
+        """Count what an output over a larger input holds while it lives; asked again, let the group have none such."""
+        candidate = group.candidate
+        excess = {} if group in self._fixed else candidate.excess(self.program)
+        known = candidate in self._larger
+        for index, more in excess.items():
+            death = max(self.program.liveness.storages[s].death for s in self.program.born[index])
+            for position in range(candidate.end + 1, min(death + 1, len(self._held))):
+                self._held[position] += -more if known else more
+        if excess and known:
             at = self._by_end[candidate.end]
-            at[at.index(group.candidate)] = candidate
-            self._weigh(candidate)
+            at[at.index(candidate)] = smaller = candidate.without_larger(self.program)
+            self._weigh(smaller)
+        elif excess:
+            self._larger.add(candidate)
+
+    def _held_during(self, candidate: Candidate) -> int:
+        """What is held beyond outputs, in larger inputs that they were written over, while a candidate runs."""
+        return max(self._held[candidate.start : candidate.end + 1]) if self._larger else 0
 
     def fix(self, group: Group, body_bytes: int) -> None:
         """Add a candidate that may be used just as the group does, its bodies' peak known."""

@@ -29,7 +29,7 @@ from fxstream.passes.slicing import Slicer
 from fxstream.passes.split_norms import split_norms
 
 HOT_SHARE = 0.1
-"""Runs are looked for where at least this share of the peak is live."""
+"""Runs are looked for where at least this share of the peak is live, or will be at the next node."""
 
 LARGE_SHARE = 0.01
 """An outer loop begins at one of the first nodes that move at least this share of the peak."""
@@ -219,8 +219,8 @@ def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
 
 def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
     """The candidates of the runs at those positions where memory is high."""
-    hot = HOT_SHARE * program.peak_bytes
-    runs = find_runs(program, [index for index in where if program.live_bytes[index] >= hot])
+    hot, live = HOT_SHARE * program.peak_bytes, program.live_bytes
+    runs = find_runs(program, [index for index in where if max(live[index : index + 2]) >= hot])
     return [candidate for run in runs for candidate in find_candidates(program, run)]
 
 
@@ -242,7 +242,7 @@ def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slic
         if found.after.peak_bytes <= target:
             break
         for group in groups:
-            grouping.avoid_larger(group)
+            grouping.count_larger(group)
     assert best is not None
     return best
 

@@ -15,7 +15,7 @@ from fxstream.passes.rules.views import removed
 aten = torch.ops.aten
 
 
-@rule(aten.cat.default)
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(call: Call, out: Slice) -> Cut | None:
     """Along its own dimension, where every tensor holds whole blocks of the axis."""
     tensors = call.arguments["tensors"]

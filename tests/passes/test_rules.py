@@ -598,7 +598,7 @@ def pixel_shuffle(random: Random, operator: OpOverload) -> Arguments:
 # Joins, reductions, indexing, padding, creation
 
 
-@sample(aten.cat.default)
+@sample(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(random: Random, operator: OpOverload) -> Arguments:
     sizes = shape(random)
     dim = dim_of(random, len(sizes))
