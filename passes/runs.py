@@ -22,7 +22,8 @@ aten = torch.ops.aten
 
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 HOIST_SHARE = 1 / 64
-"""An independent value smaller than this share of what reads it is computed once, whole, before the loop."""
+"""An independent value is computed once, whole, before the loop, if neither it nor anything in the run that it is
+computed from is larger than this share of what reads it."""
 
 MOST_HALO = 0.25
 """A run ends where its first nodes would compute more than this share of the axis beyond each slice."""
@@ -129,10 +130,13 @@ class _Scanner:
         self.pulled: set[int] = set()
         self.whole: set[int] = set()  # independent nodes that a sliced one reads whole
         self.reach: dict[int, float] = {}  # share of the axis that a node reads beyond its slice, back to the first
+        self.largest: dict[int, int] = {}  # most bytes of a node and of all in the run that it is computed from
 
     def scan(self) -> Run | None:
         end = self.start
         for index in range(self.start, len(self.program)):
+            from_run = (self.largest.get(at, 0) for at in self._reads(index))
+            self.largest[index] = max(_bytes(self.program, index), *from_run, 0)
             if index != self.start and not self._take(index):
                 if any(at in self.slices for at in self._reads(index)):
                     break
@@ -193,7 +197,7 @@ class _Scanner:
     def _pull(self, index: int, piece: Slice, least: float) -> None:
         """Take an independent node as the slice that is read of it, and what it reads in turn."""
         value = self.program.values[index]
-        if index in self.whole or not value.reads or _bytes(self.program, index) < least:
+        if index in self.whole or not value.reads or self.largest[index] < least:
             return
         cut = Cut((piece,)) if is_getitem(value.node) else self.program.backward(index, piece)
         if cut is None:

@@ -58,6 +58,19 @@ def test_frames_of_a_merged_dimension_go_through_views():
     assert slices["sin"] == Slice(0, 5, outer=2)
 
 
+def test_a_small_value_made_of_a_large_one_is_cut_with_it():
+    """A root mean square of x, which doesn't depend on the table that the run begins at."""
+
+    def function(self, x, table):
+        table = table * 2
+        scale = x.double().pow(2).mean(-1, keepdim=True).rsqrt()
+        return x * scale * table
+
+    program = captured(function, torch.randn(4, 6, 512), torch.randn(4, 6, 512))
+    run = find(program, "mul", Slice(0, 4))
+    assert {"_to_copy", "pow_1", "mean", "rsqrt"} <= named(program, run).keys()
+
+
 def test_a_mix_along_the_axis_ends_the_run_there_alone():
     def function(self, x):
         x = (x * 2).exp()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from fxstream.passes.barriers import barriers
 from fxstream.passes.capture import Inputs, capture
 from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
@@ -85,7 +86,10 @@ def in_float64(entry, model, args, kwargs):
 
 
 def check(entry, dtype, shape, shares, allow_recompute=False):
-    """A model of the catalogue, streamed to each share of its peak: within it, as predicted, and equal."""
+    """A model of the catalogue, streamed to each share of its peak: within it, as predicted, and equal.
+
+    The last of them is returned.
+    """
     model, args, kwargs = small(entry, dtype=dtype, **shape)
     kwargs["return_dict"] = False
     inputs = Inputs.of(args, kwargs).tensors
@@ -106,6 +110,7 @@ def check(entry, dtype, shape, shares, allow_recompute=False):
             assert measured.peak_bytes == pytest.approx(streamed.after.peak_bytes, rel=0.01)
             result = first(captured.result(measured.result))
             assert relative_l2(result, reference) <= 1e-6 or relative_l2(result, exact) <= 1.1 * rounding
+    return streamed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -127,7 +132,8 @@ def test_a_streamed_decoder_is_equal_and_as_predicted(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_streamed_transformer_or_its_decoder_is_equal_and_as_predicted(name):
-    check(CATALOGUE[name], torch.float32, FAMILIES[name], (None,))
+    streamed = check(CATALOGUE[name], torch.float32, FAMILIES[name], (None,))
+    assert barriers(streamed.program) == ()
 
 
 @pytest.mark.parametrize("name", ["svd-vae", "sd-vae"])
