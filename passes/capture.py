@@ -33,7 +33,7 @@ from fxstream.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
-_DATA = torch.Tensor.data.__get__  # a new wrapper at each look, equal to the last
+_DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
 ROOT = "model"
 """Name under which a captured graph holds the user's module."""
 

@@ -7,6 +7,8 @@ value as it was, to the bit and to the stride.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -61,12 +63,16 @@ def _is_assertion(node: fx.Node) -> bool:
 def _is_identity(node: fx.Node) -> bool:
     if node.target in IDENTITIES:
         return True
-    if node.target in COPIES or (node.target in PADS and not any(node.args[1])):
+    if node.target in COPIES or (node.target in PADS and _pads_nothing(*node.args)):
         return _same_layout(node)
     if node.target in UNIT_SCALES:
         factor = node.args[1]
         return isinstance(factor, (int, float)) and factor == 1 and _same_layout(node)
     return False
+
+
+def _pads_nothing(input: Any, widths: Any, *rest: Any) -> bool:
+    return not any(widths)
 
 
 def _same_layout(node: fx.Node) -> bool:

@@ -43,7 +43,8 @@ class Shape:
 
     def resized(self, **sizes: int | None) -> Shape:
         """The same with other frames, height, width or batch, where they are not None."""
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
+        given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+        return replace(self, **given)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _configured(path: Path, size: Size, component: str | None, fake: bool) -> Ta
         model.eval().requires_grad_(False)
         entry = next((e for e in CATALOGUE.values() if e.class_path.endswith(f":{kind.__name__}")), None)
         method = _inspected_method(model, entry)
-        shape = replace(entry.shape if entry else _shape(model.config, method), **size.given())
+        shape = (entry.shape if entry else _shape(model.config, method)).resized(**size.given())
         if entry is not None and method == "forward":  # an autoencoder's latent depends on its levels
             args, kwargs = entry.inputs(model.config, shape, dtype)
         else:
