@@ -1,7 +1,8 @@
 """Schedule: compute what makes memory grow as late as what reads it allows.
 
-Every node that makes more bytes than it is the last to need is moved to just before the first node that reads it. The
-graph keeps its own order where that does not lower its peak.
+Every node that makes more bytes than it is the last to need is moved to just before the first node that reads it; or
+every one that makes as many, so that what it reads can be made later, too. The graph keeps its own order where neither
+lowers its peak.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def schedule(graph_module: fx.GraphModule) -> fx.GraphModule:
     liveness = analyze(graph_module)
     if any(is_impure(node) for node in liveness.schedule):
         return graph_module
-    late = _late(liveness)
-    peaks = [max(each.live_bytes(), default=0) for each in (liveness, _in_order(liveness, late))]
-    return _reordered(graph_module, late) if peaks[1] < peaks[0] else graph_module
+    orders: list[Sequence[fx.Node]] = [liveness.schedule, _late(liveness, least=1), _late(liveness, least=0)]
+    order = min(orders, key=lambda order: max(_in_order(liveness, order).live_bytes(), default=0))
+    return graph_module if order is orders[0] else _reordered(graph_module, order)
 
 
 def _in_order(liveness: Liveness, order: Sequence[fx.Node]) -> Liveness:
@@ -45,21 +46,21 @@ def _in_order(liveness: Liveness, order: Sequence[fx.Node]) -> Liveness:
     return Liveness(tuple(order), storages, liveness.of, tuple(transient[node] for node in order))
 
 
-def _late(liveness: Liveness) -> list[fx.Node]:
-    """Each node just before the first that reads it, if it makes more bytes than it is the last to need."""
+def _late(liveness: Liveness, least: int) -> list[fx.Node]:
+    """Each node just before the first that reads it, if it makes ``least`` bytes more than it is the last to need."""
     order = list(liveness.schedule)
     for index, node in reversed(list(enumerate(liveness.schedule))):
-        if _grows(liveness, index, node) and node.users:
+        if _growth(liveness, index, node) >= least and node.users:
             order.remove(node)
             places = [order.index(user) for user in node.users if user.op != "output"]
             order.insert(min(places, default=len(order)), node)
     return order
 
 
-def _grows(liveness: Liveness, index: int, node: fx.Node) -> bool:
+def _growth(liveness: Liveness, index: int, node: fx.Node) -> int:
     made = sum(liveness.storages[s].bytes for s in liveness.of[node] if liveness.storages[s].birth == index)
     read = {s for each in node.all_input_nodes for s in liveness.of.get(each, ())}
-    return made > sum(liveness.storages[s].bytes for s in read if liveness.storages[s].death == index)
+    return made - sum(liveness.storages[s].bytes for s in read if liveness.storages[s].death == index)
 
 
 def _reordered(graph_module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:

@@ -34,11 +34,23 @@ class Late(nn.Module):
         return large.sum(0) * hidden
 
 
+class Activated(nn.Module):
+    """The same, with an activation of it that takes its place."""
+
+    def forward(self, x, y):
+        large = x.expand(32, *x.shape).exp().sigmoid()
+        hidden = y.expand(32, *y.shape).sin().cos().sum(0)
+        return large.sum(0) * hidden
+
+
 def captured(model, *args):
     return normalize(capture(model, args).graph_module)
 
 
-@pytest.mark.parametrize("model, count", [(Branches(), 1), (Late(), 2)], ids=["branches", "late"])
+MODELS = [(Branches(), 1), (Late(), 2), (Activated(), 2)]
+
+
+@pytest.mark.parametrize("model, count", MODELS, ids=["branches", "late", "activated"])
 def test_less_is_live_at_once(model, count):
     inputs = [torch.randn(16, 32) for _ in range(count)]
     before = captured(model, *inputs)
