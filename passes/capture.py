@@ -29,6 +29,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
+from fxstream.passes.propagate import propagate_layouts
 
 _TORCH = str(Path(torch.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
@@ -247,7 +248,9 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     except Exception as error:
         raise _capture_error(module, error) from error
     _check_static(exported, module)
-    return Captured(_graph_module(exported, module), inputs.without_tensors(), *results[-1])
+    graph_module = _graph_module(exported, module)
+    propagate_layouts(graph_module)
+    return Captured(graph_module, inputs.without_tensors(), *results[-1])
 
 
 @contextmanager
