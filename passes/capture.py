@@ -29,6 +29,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
+from fxstream.passes.collector import collector_paused
 
 _TORCH = str(Path(torch.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
@@ -226,6 +227,7 @@ def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
 
 
+@collector_paused()
 def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
 

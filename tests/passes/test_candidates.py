@@ -48,7 +48,7 @@ def built(program, candidate, slices):
 
 
 def estimates_hold(program, extent, slices):
-    candidates = [c for run in find_runs(program, range(len(program))) for c in find_candidates(program, run)]
+    candidates = find_candidates(program, find_runs(program, range(len(program))))
     candidates = [candidate for candidate in candidates if candidate.run.extent == extent]
     assert len(candidates) > 10
     for candidate in candidates:
@@ -75,7 +75,7 @@ def test_a_whole_run_begins_and_ends_as_the_run_does(feedforward):
 
 def test_intervals_are_of_the_run_and_each_once(feedforward):
     run = find_runs(feedforward, [0])[0]
-    seen = Counter((candidate.start, candidate.end) for candidate in find_candidates(feedforward, run))
+    seen = Counter((candidate.start, candidate.end) for candidate in find_candidates(feedforward, [run]))
     assert max(seen.values()) == 1
     assert all(run.start <= start < end <= run.end for start, end in seen)
 
@@ -96,7 +96,7 @@ def test_a_hill_is_a_candidate_however_low_the_rest_of_the_run_is():
     targets = [str(value.call.target) for value in program.values]
     hill = (targets.index("aten.cat.default"), targets.index("aten.sum.dim_IntList"))
     run = next(run for run in find_runs(program, [0]) if run.extent == 12)
-    assert hill in {(candidate.start, candidate.end) for candidate in find_candidates(program, run)}
+    assert hill in {(candidate.start, candidate.end) for candidate in find_candidates(program, [run])}
 
 
 def test_a_loop_costs_what_its_inputs_and_outputs_and_one_body_hold():
