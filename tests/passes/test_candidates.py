@@ -80,6 +80,19 @@ def test_intervals_are_of_the_run_and_each_once(feedforward):
     assert all(run.start <= start < end <= run.end for start, end in seen)
 
 
+def test_what_runs_have_in_common_is_told_once(feedforward):
+    runs = [run for start in range(3) for run in find_runs(feedforward, [start])]
+
+    def interval(candidate):
+        run, within = candidate.run, range(candidate.start, candidate.end + 1)
+        return run.extent, run.steps, tuple((at, run.slices[at]) for at in within if at in run.slices)
+
+    alone = Counter(interval(candidate) for run in runs for candidate in find_candidates(feedforward, [run]))
+    together = Counter(interval(candidate) for candidate in find_candidates(feedforward, runs))
+    assert together.keys() == alone.keys()
+    assert max(together.values()) == 1 < max(alone.values())
+
+
 def test_a_hill_is_a_candidate_however_low_the_rest_of_the_run_is():
     def function(x):
         for _ in range(12):
