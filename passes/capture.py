@@ -29,6 +29,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
+from fxstream.passes.collector import collector_paused
 from fxstream.passes.propagate import propagate_layouts
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -227,6 +228,7 @@ def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
 
 
+@collector_paused()
 def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
 

@@ -15,7 +15,6 @@ from math import prod
 import torch
 
 from fxstream.passes.axes import Cut, Slice
-from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program, is_getitem
 
 aten = torch.ops.aten
@@ -142,7 +141,7 @@ class _Scanner:
                     return None
                 del self.slices[index], self.cuts[index]
                 break
-            least = HOIST_SHARE * _bytes(self.program, index)
+            least = HOIST_SHARE * self.program.value_bytes[index]
             self._take_inputs(index, least)
             end = index
         for index in range(self.start, end + 1):
@@ -160,8 +159,7 @@ class _Scanner:
 
     def _reads(self, index: int) -> list[int]:
         """Positions in the run that a node reads, -1 for what comes from before it."""
-        found = (self.program.position.get(node, -1) for node in self.program.values[index].reads)
-        return [at if at >= self.start else -1 for at in found]
+        return [at if at >= self.start else -1 for at in self.program.reads[index]]
 
     def _edges(self, index: int) -> list[tuple[int, Slice | None]]:
         edges = zip(self._reads(index), self.cuts[index].inputs, strict=True)
@@ -193,7 +191,7 @@ class _Scanner:
     def _pull(self, index: int, piece: Slice, least: float) -> None:
         """Take an independent node as the slice that is read of it, and what it reads in turn."""
         value = self.program.values[index]
-        if index in self.whole or not value.reads or _bytes(self.program, index) < least:
+        if index in self.whole or not value.reads or self.program.value_bytes[index] < least:
             return
         cut = Cut((piece,)) if is_getitem(value.node) else self.program.backward(index, piece)
         if cut is None:
@@ -220,7 +218,3 @@ class _Scanner:
             del self.slices[index], self.cuts[index]
             for at in self._reads(index):
                 self._put_back(at)
-
-
-def _bytes(program: Program, index: int) -> int:
-    return bytes_of(program.values[index].node.meta["val"])

@@ -16,6 +16,7 @@ from torch import fx
 
 from fxstream.loop import SlicedLoop
 from fxstream.passes.candidates import Candidate, find_candidates, whole
+from fxstream.passes.collector import collector_paused
 from fxstream.passes.cost import CostModel, cost_model
 from fxstream.passes.flops import flops
 from fxstream.passes.grouping import Group, Grouping, lengths_of
@@ -81,6 +82,7 @@ class Streamed:
         return self.recomputed_flops + inside
 
 
+@collector_paused()
 def stream(
     graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool = False, most_outer: int = MOST_OUTER
 ) -> Streamed:
@@ -216,7 +218,7 @@ def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
     """The candidates of the runs at those positions where memory is high."""
     hot = HOT_SHARE * program.peak_bytes
     runs = find_runs(program, [index for index in where if program.live_bytes[index] >= hot])
-    return [candidate for run in runs for candidate in find_candidates(program, run)]
+    return list(find_candidates(program, runs))
 
 
 def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slicer | None = None) -> Streamed:

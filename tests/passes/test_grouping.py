@@ -24,7 +24,7 @@ NAMES = st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=3)
 def grouping_of(names, seed=0):
     program = Program(normalize(capture(Network(names, seed), (example(seed),)).graph_module))
     runs = find_runs(program, range(len(program)))
-    return Grouping(program, [candidate for run in runs for candidate in find_candidates(program, run)], CPU)
+    return Grouping(program, find_candidates(program, runs), CPU)
 
 
 def option_of(grouping, group):

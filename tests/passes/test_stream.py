@@ -40,6 +40,18 @@ def test_a_streamed_network_is_equal_and_as_predicted(names, share, seed):
         assert value.stride() == reference.stride()
 
 
+def shallow(entry, levels):
+    """A UNet of fewer levels, the last without attention as in the published one."""
+    kind = {"svd-unet": "SpatioTemporal", "animatediff-unet": "Motion"}.get(entry.name, "3D")
+    blocks = (*[f"CrossAttn{{}}Block{kind}"] * (levels - 1), f"{{}}Block{kind}")
+    config = {name: value[:levels] if isinstance(value, tuple) else value for name, value in entry.small.items()}
+    types = {
+        "down_block_types": tuple(block.format("Down") for block in blocks),
+        "up_block_types": tuple(block.format("Up") for block in reversed(blocks)),
+    }
+    return replace(entry, small={**config, **types, "layers_per_block": 1})
+
+
 MODELS = {
     "svd-unet": dict(frames=7, height=24, width=32),
     "animatediff-unet": dict(frames=8, height=24, width=40),
@@ -101,9 +113,9 @@ def check(entry, dtype, shape, shares, allow_recompute=False):
 def test_a_streamed_unet_is_equal_and_as_predicted(name, dtype):
     entry = CATALOGUE[name]
     if dtype is torch.float32:
-        check(entry, dtype, MODELS[name], (0.75, 0.5, 0.3, None))
+        check(shallow(entry, 3), dtype, MODELS[name], (0.75, 0.5, 0.3, None))
     else:
-        entry = replace(entry, small={**entry.small, "layers_per_block": 1})
+        entry = shallow(entry, 2)
         frames = {"svd-unet": 7, "i2vgenxl-unet": 4}.get(name, 8)
         check(entry, dtype, dict(frames=frames, height=24, width=32), (None,))
 
