@@ -122,8 +122,9 @@ def _views_apart(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     graph, liveness = graph_module.graph, analyze(graph_module)
     inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
+    results: Any = output.args[0]
     views, made = set[fx.Node](), dict[fx.Node, None]()
-    waiting = list(output.args[0])
+    waiting = list(results)
     while waiting:
         node = waiting.pop()
         if _is_view(liveness, node):
@@ -137,7 +138,7 @@ def _views_apart(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         if node in views:
             env[node] = apart.node_copy(node, env.__getitem__)
-    apart.output(tuple(env[node] for node in output.args[0]))
+    apart.output(tuple(env[node] for node in results))
     output.args = (tuple(made),)
     for node in reversed(graph.nodes):
         if node in views and not node.users:
@@ -148,7 +149,7 @@ def _views_apart(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def _is_view(liveness: Liveness, node: fx.Node) -> bool:
     if node.target is getitem:
-        return _is_view(liveness, node.args[0])
+        return _is_view(liveness, node.all_input_nodes[0])
     return node.op == "call_function" and is_view(liveness, node)
 
 
