@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-pipeline comparison pictures docs clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-compile table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
 
@@ -67,6 +67,10 @@ bench-rehash: venv
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table
+
+# Each small model of the catalogue through Inductor, in each way. MODELS="sd-vae svd-vae" for some alone.
+table-compile: venv
+	$(BIN)/python -m fxstream.tools.compile_table $(MODELS)
 
 # PIPELINES="svd svd-xt animatediff" for others than svd.
 table-pipeline: venv

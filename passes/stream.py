@@ -173,7 +173,7 @@ def _stream_bodies(streamed: Streamed, loop_name: str, group: Group, excess: flo
 def _loops(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
     """Loops side by side, or one around nearly all of the graph and more inside it."""
     before = profile(graph_module)
-    if budget is not None and before.peak_bytes <= budget:
+    if not before.peak_bytes or (budget is not None and before.peak_bytes <= budget):
         return Streamed(graph_module, (), Program(graph_module), before)
     program = Program(split_norms(schedule(graph_module), LARGE_SHARE * before.peak_bytes))
     costs = _costs(program)
