@@ -7,7 +7,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-compile table-pipeline comparison pictures docs clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large bench-exact bench-compile bench-rehash
+.PHONY: table table-compile table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
 
@@ -57,6 +58,10 @@ bench: venv
 # The decode of a video that needs more memory than there is; many minutes.
 bench-large: venv
 	$(BIN)/python -m fxstream.tools.bench_large
+
+# Decoders at size, against the eager model and against float64; some minutes.
+bench-exact: venv
+	$(BIN)/python -m fxstream.tools.bench_exact
 
 bench-compile: venv
 	$(BIN)/python -m fxstream.tools.bench_compile

@@ -8,7 +8,7 @@ lowest reachable budget is the path whose highest edge is lowest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -77,13 +77,20 @@ class Grouping:
 
     def lowest_bytes(self) -> float:
         """The lowest budget for which ``choose`` finds groups."""
+        return self._lowest(lambda candidate: min(option.peak_bytes for option in self._options[candidate]))
+
+    def floor_bytes(self) -> float:
+        """The lowest budget that there would be if the inside of loops took nothing."""
+        return self._lowest(lambda candidate: candidate.fixed_bytes)
+
+    def _lowest(self, peak_bytes: Callable[[Candidate], float]) -> float:
         best = [0.0]
         for end, live in enumerate(self.program.live_bytes):
             lowest = max(best[end], live)
             for candidate in self._by_end[end]:
                 before = best[candidate.start]
                 if before < lowest:
-                    lowest = min(lowest, max(before, min(o.peak_bytes for o in self._options[candidate])))
+                    lowest = min(lowest, max(before, peak_bytes(candidate)))
             best.append(lowest)
         return best[-1]
 

@@ -63,7 +63,7 @@ def test_lengths_sum_and_differ_by_at_most_one(extent, data):
 def test_budgets_are_met_and_more_never_costs_more(names, shares):
     grouping = grouping_of(names)
     peak, lowest = max(grouping.program.live_bytes), grouping.lowest_bytes()
-    assert lowest <= peak
+    assert grouping.floor_bytes() <= lowest <= peak
     before = float("inf")
     for share in [0.0, *sorted(shares), 1.0]:
         budget = lowest + share * (peak - lowest)
