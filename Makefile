@@ -7,7 +7,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz lint format demo bench bench-large bench-compile bench-rehash table table-pipeline comparison pictures docs clean
+.PHONY: venv browser test fuzz lint format demo bench bench-large bench-exact bench-compile bench-rehash
+.PHONY: table table-compile table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
 
@@ -58,6 +59,10 @@ bench: venv
 bench-large: venv
 	$(BIN)/python -m fxstream.tools.bench_large
 
+# Decoders at size, against the eager model and against float64; some minutes.
+bench-exact: venv
+	$(BIN)/python -m fxstream.tools.bench_exact
+
 bench-compile: venv
 	$(BIN)/python -m fxstream.tools.bench_compile
 
@@ -67,6 +72,10 @@ bench-rehash: venv
 
 table: venv
 	$(BIN)/python -m fxstream.tools.table
+
+# Each small model of the catalogue through Inductor, in each way. MODELS="sd-vae svd-vae" for some alone.
+table-compile: venv
+	$(BIN)/python -m fxstream.tools.compile_table $(MODELS)
 
 # PIPELINES="svd svd-xt animatediff" for others than svd.
 table-pipeline: venv

@@ -253,12 +253,10 @@ def fit_graph(
     else:
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
     streamed = stream(graph_module, allowed, allow_recompute)
-    failed = allowed is not None and streamed.after.peak_bytes > allowed
-    if failed:
-        streamed = stream(graph_module, None, allow_recompute)
+    if allowed is not None and streamed.after.peak_bytes > allowed:
+        streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
     made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
-    if failed:
-        assert allowed is not None and budget is not None
+    if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
         raise _budget_error(made, budget, allowed, held, held_bytes, resident)
     return streamed.graph_module, made
 

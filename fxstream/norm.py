@@ -7,14 +7,16 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 from math import prod
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-TILE = 1 << 17
+TILE = 1 << 18
 """Elements that are worked on at once."""
 
 
@@ -22,13 +24,18 @@ TILE = 1 << 17
 def group_moments(input: Tensor, groups: int) -> Tensor:
     """(N, C, *S, L) -> (2, N, groups, *S): mean, and sum of squared deviations from it, over C / groups and L."""
     moments = _moments_like(input, groups)
-    values = input.unflatten(1, (groups, -1))
-    sizes, cell = (input.shape[0], *input.shape[2:-1]), input.shape[1] * input.shape[-1]
-    for samples, *steps in _tiles(sizes, cell):
-        tile = values[(samples, slice(None), slice(None), *steps)].to(moments.dtype)
-        mean, squares = moments[(slice(None), samples, slice(None), *steps)]
-        torch.mean(tile, (2, -1), out=mean)
-        torch.sum((tile - mean.unsqueeze(2).unsqueeze(-1)).square_(), (2, -1), out=squares)
+    where = {"dtype": moments.dtype, "device": input.device}
+    rows, squares = (torch.empty_permuted(input.shape[:-1], _order(input), **where) for _ in range(2))
+    for box in _tiles(input):
+        tile = input[box].to(moments.dtype)
+        mean = torch.mean(tile, -1, out=rows[box])
+        torch.sum((tile - mean.unsqueeze(-1)).square_(), -1, out=squares[box])
+    rows, squares = rows.unflatten(1, (groups, -1)), squares.unflatten(1, (groups, -1))
+    means, total = moments
+    torch.mean(rows, 2, out=means)
+    torch.sum(squares, 2, out=total)
+    between = (rows - means.unsqueeze(2)).square_().sum(2)
+    total.add_(between, alpha=input.shape[-1])
     return moments
 
 
@@ -63,15 +70,14 @@ def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: 
     inner = (1,) * (input.dim() - 2)
     mean, scale = mean.unflatten(1, (-1, *inner)), scale.unflatten(1, (-1, *inner))
     shift = None if bias is None else bias.unflatten(0, (-1, *inner))
-    sizes, cell = (input.shape[0], *input.shape[2:-1]), input.shape[1] * input.shape[-1]
-    for samples, *steps in _tiles(sizes, cell):
-        where = (samples, slice(None), *steps)
-        result = out[where]
-        tile = result if out.dtype == mean.dtype else input[where].to(mean.dtype)
-        torch.sub(input[where] if tile is result else tile, mean[samples], out=tile)
-        tile.mul_(scale[samples])
+    for box in _tiles(input):
+        samples, channels, *_ = box
+        result, part = out[box], input[box]
+        tile = result if out.dtype == mean.dtype else part.to(mean.dtype)
+        torch.sub(part if tile is result else tile, mean[samples, channels], out=tile)
+        tile.mul_(scale[samples, channels])
         if shift is not None:
-            tile.add_(shift)
+            tile.add_(shift[channels])
         if tile is not result:
             result.copy_(tile)
         del tile
@@ -83,20 +89,24 @@ def _scaled_like(input: Tensor, statistics: Tensor, weight: Tensor | None, bias:
     return torch.empty_like(input, memory_format=suggest_memory_format(input))  # as the whole norm's output
 
 
-def tile_elements(shape: Sequence[int]) -> int:
-    """Elements of the largest tile that an input (N, C, *S, L) is worked on in."""
-    sizes = (shape[0], *shape[2:-1])
-    first = next(_tiles(sizes, shape[1] * shape[-1]))
-    return shape[1] * shape[-1] * prod(min(size, box.stop) for size, box in zip(sizes, first, strict=True))
+def tile_elements(input: Tensor) -> int:
+    """Elements of the largest tile that an input is worked on in."""
+    first = next(_tiles(input))
+    return input.shape[-1] * prod(min(size, part.stop) for size, part in zip(input.shape, first, strict=False))
 
 
-def _tiles(sizes: Sequence[int], cell: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes that cover ``sizes``, in order, of at most ``TILE`` elements where a step holds ``cell`` of them."""
-    if not sizes:
-        yield ()
-        return
-    step = cell * prod(sizes[1:])
-    length = max(1, TILE // step)
-    for start in range(0, sizes[0], length):
-        for box in _tiles(sizes[1:], cell):
-            yield slice(start, start + length), *box
+def _tiles(input: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Boxes that cover all dimensions but the last, in the order of memory, of at most ``TILE`` elements or one row."""
+    order = _order(input)
+    parts, rest = [], prod(input.shape)
+    for dim in order:
+        rest //= input.shape[dim]
+        length = max(1, min(TILE // rest, input.shape[dim]))
+        parts.append([slice(start, start + length) for start in range(0, input.shape[dim], length)])
+    for box in product(*parts):
+        yield tuple(part for _, part in sorted(zip(order, box, strict=True), key=itemgetter(0)))
+
+
+def _order(input: Tensor) -> list[int]:
+    """All dimensions but the last, the outermost in memory first."""
+    return sorted(range(input.dim() - 1), key=lambda dim: -input.stride(dim))

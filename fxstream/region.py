@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch._dynamo import list_backends
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import higher_order_ops
 from torch._higher_order_ops.base_hop import BaseHOP
 from torch.library import custom_op
 from torch.utils._python_dispatch import _disable_current_modes
@@ -25,7 +26,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxstream.compiled import BACKEND, compile_by
 from fxstream.dynamo import PlannedGraph, numbers, plan_graph, refuse_gradients
 from fxstream.module import REGIONS, without_autocast
-from fxstream.passes.lower import identity
+from fxstream.passes.liveness import Liveness, analyze
+from fxstream.passes.lower import identity, is_view
 
 STREAMED = "fxstream"
 """Under which a region's graph has what became of it."""
@@ -80,19 +82,28 @@ class StreamedRegion(BaseHOP):
             if backend == BACKEND:  # which has a budget of its own
                 return graph_module(*operands)
             made[known] = _stream(graph_module, operands, backend, token)
-        planned, runs = made[known]
-        return planned.captured.result(torch.ops.fxstream.streamed(planned.pick(operands), runs.key))
+        planned, runs, views = made[known]
+        tensors = planned.pick(operands)
+        return planned.captured.result(views(*tensors, *torch.ops.fxstream.streamed(tensors, runs.key)))
+
+
+class _RegionVariable(higher_order_ops.BaseHOPVariable):
+    """A region as Dynamo traces it: its results may be views of each other and of its inputs."""
+
+    supports_aliasing = True
 
 
 region = StreamedRegion()
+higher_order_ops._hop_name_to_variable_class[region.name()] = _RegionVariable
 
 
 def _stream(
     graph_module: fx.GraphModule, operands: Sequence[Any], backend: str, token: int
-) -> tuple[PlannedGraph, Streamed]:
+) -> tuple[PlannedGraph, Streamed, fx.GraphModule]:
     owner = REGIONS[token]
     refuse_gradients(operands, "a streamed module")
     planned = plan_graph(graph_module, operands, owner.budget, owner.allow_recompute)
+    views = _views_apart(planned.graph_module)
     compiler = owner.backend or backend
     key = _key(planned.graph_module, compiler)
     made = _STREAMED.get(key)
@@ -101,7 +112,45 @@ def _stream(
         made = _STREAMED[key] = Streamed(compile_by(compiler, planned.graph_module), values, key)
     owner.plans.append(planned.plan)
     owner.graphs.append(made)  # what was compiled knows it by its key alone
-    return planned, made
+    return planned, made, views
+
+
+def _views_apart(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Take the views from a graph's outputs; what is returned makes them, of the graph's inputs and its new outputs.
+
+    What an operator returns shares no memory with its inputs, nor with what else it returns.
+    """
+    graph, liveness = graph_module.graph, analyze(graph_module)
+    inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
+    results: Any = output.args[0]
+    views, made = set[fx.Node](), dict[fx.Node, None]()
+    waiting = list(results)
+    while waiting:
+        node = waiting.pop()
+        if _is_view(liveness, node):
+            views.add(node)
+            waiting.extend(node.all_input_nodes)
+        elif node.op != "placeholder":
+            made[node] = None
+    apart, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in (*inputs, *made):
+        env[node] = apart.placeholder(node.name)
+    for node in graph.nodes:
+        if node in views:
+            env[node] = apart.node_copy(node, env.__getitem__)
+    apart.output(tuple(env[node] for node in results))
+    output.args = (tuple(made),)
+    for node in reversed(graph.nodes):
+        if node in views and not node.users:
+            graph.erase_node(node)
+    graph_module.recompile()
+    return fx.GraphModule({}, apart, class_name="Views")
+
+
+def _is_view(liveness: Liveness, node: fx.Node) -> bool:
+    if node.target is getitem:
+        return _is_view(liveness, node.all_input_nodes[0])
+    return node.op == "call_function" and is_view(liveness, node)
 
 
 def _key(graph_module: fx.GraphModule, compiler: str) -> str:

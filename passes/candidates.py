@@ -6,7 +6,8 @@ All candidates of a run that begin at one node are found in one sweep over the r
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from fxstream.loop import Slice
-from fxstream.passes.layout import lies_within, slice_layout
+from fxstream.passes.layout import lies_within
 from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program
 from fxstream.passes.ranges import infer_ranges, stored_part
@@ -69,36 +70,50 @@ class Candidate:
         known = min(self.measured, key=lambda other: abs(other - length))
         return self.measured[known] * max(1.0, (length + self.halo) / (known + self.halo))
 
-    def excess(self, program: Program) -> dict[int, int]:
-        """Outputs written over an input larger than them, and the bytes by which it is."""
-        found = {}
-        for index, node in self.over.items():
-            size = program.values[index].node.meta["val"].untyped_storage().nbytes()
-            found[index] = bytes_of(node.meta["val"]) - size
-        return {index: more for index, more in found.items() if more > 0}
-
-    def without_larger(self, program: Program) -> Candidate:
-        """The candidate with no output over an input larger than it."""
-        larger = self.excess(program)
-        sizes = (program.values[index].node.meta["val"].untyped_storage().nbytes() for index in larger)
+    def without_larger(self, program: Program) -> Candidate | None:
+        """The candidate with no output over an input larger than it; None where it has none such."""
+        values = {index: program.values[index].node.meta["val"] for index in self.over}
+        sizes = {index: value.untyped_storage().nbytes() for index, value in values.items()}
+        larger = {index for index, node in self.over.items() if bytes_of(node.meta["val"]) > sizes[index]}
+        if not larger:
+            return None
         over = {index: node for index, node in self.over.items() if index not in larger}
-        return replace(self, fixed_bytes=self.fixed_bytes + sum(sizes), over=over, measured={})
+        return replace(
+            self, fixed_bytes=self.fixed_bytes + sum(sizes[index] for index in larger), over=over, measured={}
+        )
 
     def peak_bytes(self, slices: int) -> float:
         return self.fixed_bytes + self.body_bytes(ceil(self.run.extent / slices))
 
 
-def find_candidates(program: Program, run: Run) -> Iterator[Candidate]:
-    """The intervals of a run between its best cuts, and those of its hills."""
+def find_candidates(program: Program, runs: Iterable[Run]) -> Iterator[Candidate]:
+    """The intervals of runs between their best cuts, and those of their hills; once, where runs are alike there."""
+    numbers: dict[tuple[int, Slice], int] = {}
+    seen: set[tuple[int, ...]] = set()
+    for run in runs:
+        inside = sorted(run.slices)
+        numbered = [numbers.setdefault((index, run.slices[index]), len(numbers)) for index in inside]
+        for start, ends in sorted(_intervals(program, run, inside).items()):
+            first, new = bisect_left(inside, start), set()
+            for end in ends:
+                interval = (run.extent, run.steps, *numbered[first : bisect_right(inside, end)])
+                if interval not in seen:
+                    seen.add(interval)
+                    new.add(end)
+            if new:
+                yield from _Sweep(program, run, start).candidates(new)
+
+
+def _intervals(program: Program, run: Run, inside: Sequence[int]) -> dict[int, set[int]]:
+    """The first nodes of a run that are worth a look, each with last ones; both are ``inside``, the sliced nodes."""
     cuts = program.cut_bytes
-    inside = sorted(run.slices)
     starts = {run.start, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index])}
     ends = {run.end, *heapq.nsmallest(MOST_CUTS, inside, key=lambda index: cuts[index + 1])}
-    intervals = {start: {*ends} for start in starts}
+    intervals = {start: {end for end in ends if end > start} for start in starts}
     for start, end in _hills(program, run):
-        intervals.setdefault(start, set()).add(end)
-    for start in sorted(intervals.keys() & run.slices):
-        yield from _Sweep(program, run, start).candidates(intervals[start])
+        if start in run.slices and end in run.slices:
+            intervals.setdefault(start, set()).add(end)
+    return intervals
 
 
 def _hills(program: Program, run: Run) -> Iterator[tuple[int, int]]:
@@ -185,42 +200,43 @@ class _Sweep:
     def _hoist(self, index: int) -> None:
         storages = self.program.liveness.storages
         made = [storages[s] for s in self.program.born[index]]
-        self.hoisted += sum(storage.bytes for storage in made)
+        self.hoisted += self.program.born_bytes[index]
         self.hoisting = max(self.hoisting, self.hoisted + self.program.liveness.transient[index])
         self.hoisted -= sum(storage.bytes for storage in made if storage.death == index)
 
     def _enter(self, index: int) -> bool:
         """Take one sliced node; False where it can't be in a loop that begins after what it reads was made."""
-        program, extent = self.program, self.run.extent
-        storages, made = program.liveness.storages, program.born[index]
-        size = sum(storages[s].bytes for s in made)
-        cut, inside, whole = self.run.cuts[index], [], 0
+        program, extent, slices = self.program, self.run.extent, self.run.slices
+        size, piece, cut = program.born_bytes[index], slices[index], self.run.cuts[index]
+        inside, whole = [], 0
         reach = own = cut.reach * extent
-        for (node, at, size_of), piece in zip(program.edges[index], cut.inputs, strict=True):
-            inside.append(at >= self.start and at in self.run.slices)
-            if inside[-1]:
+        for (node, at, size_of), read in zip(program.edges[index], cut.inputs, strict=True):
+            own_value = at >= self.start and at in slices
+            inside.append(own_value)
+            if own_value:
                 reach = max(reach, own + self.reach[at])
                 continue
-            if piece is None and node.op != "get_attr":
+            if read is None and node.op != "get_attr":
                 whole += size_of
             if not isinstance(node.meta["val"], torch.Tensor):
                 return False
-            self._window(node, piece)
+            self._window(node, read, size_of)
         self.reach[index] = reach
         if size:
             self.outputs[index] = size
             self.body += size / extent
             self.short += size / extent * reach
-        fixed, step = program.transient(index, self.run.slices[index], cut, tuple(inside))
-        step *= self.run.slices[index].extent / extent
+        fixed, step = program.transient(index, piece, cut, tuple(inside))
+        step *= piece.extent / extent
         self._moment(fixed - self.short - step * reach, self.body + step)
         self.body -= self.expiring.pop(index, 0.0)
         for storage in program.dying[index]:
-            birth = storages[storage].birth
+            dead = program.liveness.storages[storage]
+            birth = dead.birth
             if birth in self.outputs:
-                self.outputs[birth] -= storages[storage].bytes
-                self.body -= storages[storage].bytes / extent
-                self.short -= storages[storage].bytes / extent * self.reach[birth]
+                self.outputs[birth] -= dead.bytes
+                self.body -= dead.bytes / extent
+                self.short -= dead.bytes / extent * self.reach[birth]
                 if not self.outputs[birth]:
                     del self.outputs[birth]
         activations, weights = program.traffic[index]
@@ -228,9 +244,9 @@ class _Sweep:
         if activations:
             self.traffic += activations - whole + 2 * step * extent
             self.whole += weights + whole
-        least = program.least_steps(index, self.run.slices[index], cut)
+        least = program.least_steps(index, piece, cut)
         if least > 1:
-            self.slowed.append((least * extent / self.run.slices[index].extent, program.flops[index]))
+            self.slowed.append((least * extent / piece.extent, program.flops[index]))
         if self.run.haloed:
             work = program.flops[index], activations - whole if activations else 0
             self.work = [a + b for a, b in zip(self.work, (*work, *(reach * each for each in work)), strict=True)]
@@ -242,11 +258,10 @@ class _Sweep:
             self.moments = [(f, s) for f, s in self.moments if f > fixed or s > step]
             self.moments.append((fixed, step))
 
-    def _window(self, node: fx.Node, piece: Slice | None) -> None:
-        """Account for a value from outside that the body reads."""
-        value, liveness = node.meta["val"], self.program.liveness
-        for storage in liveness.of.get(node, ()):
-            layout = None if piece is None else slice_layout(value, piece)
+    def _window(self, node: fx.Node, piece: Slice | None, size: int) -> None:
+        """Account for a value from outside, of ``size`` bytes, that the body reads."""
+        for storage in self.program.liveness.of.get(node, ()):
+            layout = None if piece is None else self.program.layout(node, piece)
             if storage in self.reads and self.reads[storage] != layout:
                 layout = None
             self.reads[storage] = layout
@@ -254,11 +269,11 @@ class _Sweep:
         if piece is None or (node, piece) in self.windows:
             return
         self.windows.add((node, piece))
-        run = _contiguous_bytes(value, piece)
-        self.strided[run] = self.strided.get(run, 0) + bytes_of(value)
+        run = _contiguous_bytes(node.meta["val"], piece)
+        self.strided[run] = self.strided.get(run, 0) + size
         if piece.outer == 1:
             return
-        copied = bytes_of(value) / self.run.extent
+        copied = size / self.run.extent
         position = self.program.position
         last = max(position[user] for user in node.users if position.get(user, -1) in self.run.slices)
         self.body += copied
@@ -291,9 +306,10 @@ class _Sweep:
             value = self.program.values[index].node.meta["val"]
             if not isinstance(value, torch.Tensor):
                 continue
-            layout, size = slice_layout(value, self.run.slices[index]), value.untyped_storage().nbytes()
+            layout = self.program.layout(self.program.values[index].node, self.run.slices[index])
             if layout is None:
                 continue
+            size = value.untyped_storage().nbytes()
             fitting = [s for s, read in free.items() if storages[s].bytes >= size and lies_within(layout, read)]
             if fitting:
                 storage = min(fitting, key=lambda s: storages[s].bytes)

@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
+from fxstream.passes.collector import collector_paused
+from fxstream.passes.propagate import propagate_layouts
 
 _TORCH = str(Path(torch.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
@@ -228,6 +230,7 @@ def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
 
 
+@collector_paused()
 def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
 
@@ -249,7 +252,9 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     except Exception as error:
         raise _capture_error(module, error) from error
     _check_static(exported, module)
-    return Captured(_graph_module(exported, module), inputs.without_tensors(), *results[-1])
+    graph_module = _graph_module(exported, module)
+    propagate_layouts(graph_module)
+    return Captured(graph_module, inputs.without_tensors(), *results[-1])
 
 
 class _DataSeen(TorchFunctionMode):

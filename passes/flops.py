@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fxstream.passes.propagate import evaluate, fake_mode_of
+from fxstream.passes.propagate import arguments, fake_mode_of
 
 aten = torch.ops.aten
 
@@ -29,15 +30,20 @@ def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     """
     known: dict[Any, int] = {}
     counted = {}
-    with torch.no_grad(), fake_mode_of(graph_module.graph):
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with torch.no_grad(), fake_mode_of(graph_module.graph), counter:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
+            if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+                counted[node] = 0
+                continue
             key = _key(node)
             if key not in known:
-                with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-                    evaluate(node)
-                known[key] = counter.get_total_flops()
+                before = counter.get_total_flops()
+                args, kwargs = arguments(node)
+                node.target(*args, **kwargs)
+                known[key] = counter.get_total_flops() - before
             counted[node] = known[key]
     return counted
 

@@ -8,7 +8,7 @@ lowest reachable budget is the path whose highest edge is lowest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -71,22 +71,26 @@ class Grouping:
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
         self._options: dict[Candidate, list[Option]] = {}
         self._fixed: set[Group] = set()
-        self._larger: set[Candidate] = set()  # those whose outputs over larger inputs are counted
-        self._held = [0] * len(program)  # by position: what these inputs hold beyond those outputs
         for candidate in candidates:
             self._by_end[candidate.end].append(candidate)
             self._weigh(candidate)
 
     def lowest_bytes(self) -> float:
         """The lowest budget for which ``choose`` finds groups."""
+        return self._lowest(lambda candidate: min(option.peak_bytes for option in self._options[candidate]))
+
+    def floor_bytes(self) -> float:
+        """The lowest budget that there would be if the inside of loops took nothing."""
+        return self._lowest(lambda candidate: candidate.fixed_bytes)
+
+    def _lowest(self, peak_bytes: Callable[[Candidate], float]) -> float:
         best = [0.0]
         for end, live in enumerate(self.program.live_bytes):
-            lowest = max(best[end], live + self._held[end])
+            lowest = max(best[end], live)
             for candidate in self._by_end[end]:
                 before = best[candidate.start]
                 if before < lowest:
-                    least = min(o.peak_bytes for o in self._options[candidate]) + self._held_during(candidate)
-                    lowest = min(lowest, max(before, least))
+                    lowest = min(lowest, max(before, peak_bytes(candidate)))
             best.append(lowest)
         return best[-1]
 
@@ -95,11 +99,10 @@ class Grouping:
         paths = nx.DiGraph()
         for end, live in enumerate(self.program.live_bytes):
             segments: dict[int, tuple[float, Group | None]] = {}
-            if live + self._held[end] <= budget:
+            if live <= budget:
                 segments[end] = (self._single[end], None)
             for candidate in self._by_end[end]:
-                left = budget - self._held_during(candidate)
-                option = next((o for o in self._options[candidate] if o.peak_bytes <= left), None)
+                option = next((o for o in self._options[candidate] if o.peak_bytes <= budget), None)
                 known = segments.get(candidate.start)
                 if option is not None and (known is None or option.seconds < known[0]):
                     segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
@@ -118,25 +121,13 @@ class Grouping:
             group.candidate.measured[length] = body_bytes
             self._weigh(group.candidate)
 
-    def count_larger(self, group: Group) -> None:
-        """Count what an output over a larger input holds while it lives; asked again, let the group have none such."""
-        candidate = group.candidate
-        excess = {} if group in self._fixed else candidate.excess(self.program)
-        known = candidate in self._larger
-        for index, more in excess.items():
-            death = max(self.program.liveness.storages[s].death for s in self.program.born[index])
-            for position in range(candidate.end + 1, min(death + 1, len(self._held))):
-                self._held[position] += -more if known else more
-        if excess and known:
+    def avoid_larger(self, group: Group) -> None:
+        """Let a group write over no input that is larger than its output: what the input holds more lives on."""
+        candidate = None if group in self._fixed else group.candidate.without_larger(self.program)
+        if candidate is not None:
             at = self._by_end[candidate.end]
-            at[at.index(candidate)] = smaller = candidate.without_larger(self.program)
-            self._weigh(smaller)
-        elif excess:
-            self._larger.add(candidate)
-
-    def _held_during(self, candidate: Candidate) -> int:
-        """What is held beyond outputs, in larger inputs that they were written over, while a candidate runs."""
-        return max(self._held[candidate.start : candidate.end + 1]) if self._larger else 0
+            at[at.index(group.candidate)] = candidate
+            self._weigh(candidate)
 
     def fix(self, group: Group, body_bytes: int) -> None:
         """Add a candidate that may be used just as the group does, its bodies' peak known."""

@@ -99,7 +99,7 @@ class Lowering:
         """A piece, as a call of what it is compiled to; views of what is outside are taken outside."""
         nodes = []
         for node in liveness.schedule[piece.start : piece.stop]:
-            if all(read in env for read in node.all_input_nodes) and _is_view(liveness, node):
+            if all(read in env for read in node.all_input_nodes) and is_view(liveness, node):
                 env[node] = graph.node_copy(node, env.__getitem__)
             else:
                 nodes.append(node)
@@ -113,7 +113,8 @@ class Lowering:
             env[node] = graph.call_function(operator.getitem, (call, place))
 
 
-def _is_view(liveness: Liveness, node: fx.Node) -> bool:
+def is_view(liveness: Liveness, node: fx.Node) -> bool:
+    """Whether all that a node of the schedule gives lies in storages of others."""
     return all(liveness.storages[storage].node is not node for storage in liveness.of[node])
 
 

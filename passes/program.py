@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
 from fxstream.passes.flops import flops
+from fxstream.passes.layout import slice_layout
 from fxstream.passes.liveness import Liveness, analyze, bytes_of
-from fxstream.passes.propagate import fake_mode_of
+from fxstream.passes.propagate import fake_mode_of, fake_tensor
 from fxstream.passes.workspace import CONVOLUTIONS, call_workspace_bytes, convolves_plainly, has_workspace
 
 
@@ -91,11 +92,33 @@ class Program:
         return [tuple(made) for made in born]
 
     @cached_property
+    def born_bytes(self) -> list[int]:
+        """Bytes of the storages that each position makes."""
+        return [sum(self.liveness.storages[s].bytes for s in made) for made in self.born]
+
+    @cached_property
+    def value_bytes(self) -> list[int]:
+        """Bytes of each position's value."""
+        return [bytes_of(value.node.meta["val"]) for value in self.values]
+
+    @cached_property
+    def reads(self) -> list[tuple[int, ...]]:
+        """Of each position, those that it reads (-1: weights and inputs)."""
+        return [tuple(self.position.get(node, -1) for node in value.reads) for value in self.values]
+
+    def layout(self, node: fx.Node, piece: Slice) -> Any:
+        """``slice_layout`` of a node's value."""
+        key = (node, piece)
+        if key not in self._memo:
+            self._memo[key] = slice_layout(node.meta["val"], piece)
+        return self._memo[key]
+
+    @cached_property
     def edges(self) -> list[tuple[tuple[fx.Node, int, int], ...]]:
         """Of each position, the nodes that it reads, with their positions (-1: weights and inputs) and bytes."""
         return [
-            tuple((node, self.position.get(node, -1), bytes_of(node.meta["val"])) for node in value.reads)
-            for value in self.values
+            tuple((node, at, bytes_of(node.meta["val"])) for node, at in zip(value.reads, reads, strict=True))
+            for value, reads in zip(self.values, self.reads, strict=True)
         ]
 
     def is_view(self, index: int) -> bool:
@@ -146,8 +169,9 @@ class Program:
 
     def least_steps(self, index: int, out: Slice, cut: Cut) -> int:
         """Steps of the axis that a slice needs for the kernel of the whole node, where a smaller one takes a slower."""
-        value, piece = self.values[index], next(iter(cut.inputs), None)
-        if piece is None or value.call.target not in CONVOLUTIONS:
+        value = self.values[index]
+        piece = cut.inputs[0] if value.call.target in CONVOLUTIONS else None
+        if piece is None:
             return 0
         key = ("steps", value.key, out)
         if key not in self._memo:
@@ -169,14 +193,14 @@ class Program:
         window = cut.window(part)
         with torch.no_grad(), self.mode:
             parts = iter(
-                x if piece is None else _part(x, piece, window[1] - window[0], dense=own or piece.outer > 1)
+                x if piece is None else _part(self.mode, x, piece, window[1] - window[0], dense=own or piece.outer > 1)
                 for x, piece, own in zip(call.tensors, cut.inputs, inside, strict=True)
             )
             leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
             leaves = [next(parts) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             args, kwargs = with_arguments(call.target, args, kwargs, cut.place(part, window)[0])
-            result = _part(call.out, out, part[1] - part[0], dense=True)
+            result = _part(self.mode, call.out, out, part[1] - part[0], dense=True)
             return call_workspace_bytes(call.target, result, args, kwargs)
 
     @cached_property
@@ -202,7 +226,7 @@ class Program:
         return self._memo[key]
 
 
-def _part(whole: torch.Tensor, piece: Slice, length: int, dense: bool) -> torch.Tensor:
+def _part(mode: FakeTensorMode, whole: torch.Tensor, piece: Slice, length: int, dense: bool) -> torch.Tensor:
     """A tensor of the layout of a slice: a window of the whole, or dense in the whole's order of dimensions."""
     size, stride = piece.resized(whole.shape, length), list(whole.stride())
     if dense:
@@ -210,7 +234,7 @@ def _part(whole: torch.Tensor, piece: Slice, length: int, dense: bool) -> torch.
         for dim in sorted(range(whole.ndim), key=lambda dim: (whole.stride(dim), -dim)):
             stride[dim] = step
             step *= size[dim]
-    return torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device)
+    return fake_tensor(mode, size, stride, whole.dtype, whole.device)
 
 
 def _values(schedule: Iterable[fx.Node]) -> list[Value]:

@@ -15,7 +15,6 @@ from math import prod
 import torch
 
 from fxstream.passes.axes import Cut, Slice
-from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program, is_getitem
 
 aten = torch.ops.aten
@@ -136,7 +135,7 @@ class _Scanner:
         end = self.start
         for index in range(self.start, len(self.program)):
             from_run = (self.largest.get(at, 0) for at in self._reads(index))
-            self.largest[index] = max(_bytes(self.program, index), *from_run, 0)
+            self.largest[index] = max(self.program.value_bytes[index], *from_run, 0)
             if index != self.start and not self._take(index):
                 if any(at in self.slices for at in self._reads(index)):
                     break
@@ -146,7 +145,7 @@ class _Scanner:
                     return None
                 del self.slices[index], self.cuts[index]
                 break
-            least = HOIST_SHARE * _bytes(self.program, index)
+            least = HOIST_SHARE * self.program.value_bytes[index]
             self._take_inputs(index, least)
             end = index
         for index in range(self.start, end + 1):
@@ -164,8 +163,7 @@ class _Scanner:
 
     def _reads(self, index: int) -> list[int]:
         """Positions in the run that a node reads, -1 for what comes from before it."""
-        found = (self.program.position.get(node, -1) for node in self.program.values[index].reads)
-        return [at if at >= self.start else -1 for at in found]
+        return [at if at >= self.start else -1 for at in self.program.reads[index]]
 
     def _edges(self, index: int) -> list[tuple[int, Slice | None]]:
         edges = zip(self._reads(index), self.cuts[index].inputs, strict=True)
@@ -224,7 +222,3 @@ class _Scanner:
             del self.slices[index], self.cuts[index]
             for at in self._reads(index):
                 self._put_back(at)
-
-
-def _bytes(program: Program, index: int) -> int:
-    return bytes_of(program.values[index].node.meta["val"])

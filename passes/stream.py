@@ -17,6 +17,7 @@ from torch import fx
 
 from fxstream.loop import SlicedLoop
 from fxstream.passes.candidates import Candidate, find_candidates, whole
+from fxstream.passes.collector import collector_paused
 from fxstream.passes.cost import CostModel, cost_model
 from fxstream.passes.flops import flops
 from fxstream.passes.grouping import Group, Grouping, lengths_of
@@ -85,6 +86,7 @@ class Streamed:
         return self.recomputed_flops + inside
 
 
+@collector_paused()
 def stream(
     graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool = False, most_outer: int = MOST_OUTER
 ) -> Streamed:
@@ -94,21 +96,25 @@ def stream(
     ``allow_recompute`` values may be computed twice, where the budget can't be met without. Outer loops make at most
     ``most_outer`` bodies, all together.
     """
-    best = latest = _stream(graph_module, budget, allow_recompute, most_outer)
-    if not allow_recompute:
-        return best
-    given = sum(flops(graph_module).values())
-    for _ in range(ROUNDS):
+    spare = MOST_ADDED * sum(flops(graph_module).values()) if allow_recompute else 0.0
+    return _recomputed(graph_module, budget, spare, most_outer)
+
+
+def _recomputed(graph_module: fx.GraphModule, budget: int | None, spare: float, most_outer: int) -> Streamed:
+    """``stream``, where recomputing adds at most ``spare`` operations."""
+    best = latest = _stream(graph_module, budget, spare, most_outer)
+    given = sum(flops(graph_module).values()) if spare else 0
+    for _ in range(ROUNDS if spare else 0):
         if budget is not None and best.after.peak_bytes <= budget:
             break
-        limit = HIGH_SHARE * latest.after.peak_bytes if budget is None else budget
+        limit = max(HIGH_SHARE * latest.after.peak_bytes, budget or 0)
         changed = recompute(latest.program, _held_above(latest, limit))
         if changed is None:
             break
         added = sum(flops(changed).values()) - given
-        if added > MOST_ADDED * given:
+        if added > spare:
             break
-        latest = replace(_stream(changed, budget, allow_recompute, most_outer), recomputed_flops=added)
+        latest = replace(_stream(changed, budget, spare - added, most_outer), recomputed_flops=added)
         if latest.after.peak_bytes < best.after.peak_bytes:
             best = latest
     return best
@@ -130,74 +136,85 @@ def _held_above(streamed: Streamed, limit: float) -> set[int]:
     return held
 
 
-def _stream(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
-    """``stream`` of a graph as it is, but for the bodies of outer loops."""
-    found = _loops(graph_module, budget, allow_recompute, most_outer)
-    return _deepened(found, budget, allow_recompute) if most_outer else found
+def _deepened(streamed: Streamed, budget: int | None, spare: float, floor: float) -> Streamed:
+    """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak.
 
-
-def _deepened(streamed: Streamed, budget: int | None, allow_recompute: bool) -> Streamed:
-    """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak."""
+    Where time may be spent for memory, the lowest peak is sought as far as ``floor``, below which no body counts.
+    """
     for _ in range(DEEPER):
-        peak = streamed.after.peak_bytes
-        if budget is not None and peak <= budget:
+        after = streamed.after
+        if budget is not None and after.peak_bytes <= budget:
             break
-        limit = NEAR_SHARE * peak if budget is None else budget
-        live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
-        names = {f"loop_{number}": group for number, group in enumerate(streamed.groups)}
-        hot = [name for name, group in names.items() if live[name] > limit and group not in streamed.inner]
-        lowered = [_stream_bodies(streamed, each, names[each], live[each] - limit, allow_recompute) for each in hot]
-        if not any(lowered):
+        groups = {f"loop_{number}": group for number, group in enumerate(streamed.groups)}
+        live = {name: bytes for name, bytes in zip(after.nodes, after.live_bytes, strict=True) if name in groups}
+        held = {name: sum(t.bytes for t in after.live_at(after.nodes.index(name))) for name in live} if spare else {}
+        limit = NEAR_SHARE * after.peak_bytes if budget is None else budget
+        if budget is None and spare:
+            limit = max([SLACK * floor, *(live[name] for name in live if groups[name] in streamed.inner)])
+        lowered = False
+        for name in sorted(live, key=live.__getitem__, reverse=True):
+            if live[name] > limit > held.get(name, 0) and groups[name] not in streamed.inner:
+                left = spare - streamed.added_flops
+                saved = _stream_bodies(streamed, name, groups[name], live[name] - limit, left)
+                lowered |= saved > 0
+                if budget is None and spare:
+                    limit = max(limit, live[name] - saved)
+        if not lowered:
             break
         streamed = replace(streamed, after=profile(streamed.graph_module))
     return streamed
 
 
-def _stream_bodies(streamed: Streamed, loop_name: str, group: Group, excess: float, allow_recompute: bool) -> bool:
-    """Stream the bodies of one loop, to hold ``excess`` bytes less; whether that lowered the peak of them all."""
+def _stream_bodies(streamed: Streamed, loop_name: str, group: Group, excess: float, spare: float) -> int:
+    """Stream the bodies of one loop, to hold ``excess`` bytes less; by how much that lowered the peak of them all."""
     loop = streamed.graph_module.get_submodule(loop_name)
     assert isinstance(loop, SlicedLoop)
     graphs = loop.graphs()
     peaks = {name: profile(body).peak_bytes for name, body in graphs.items()}
     target = max(1, int(max(peaks.values()) - excess))
     inner = {
-        each: stream(body, target, allow_recompute, most_outer=0)
+        each: _recomputed(body, target, max(0.0, spare) / len(group.lengths), most_outer=0)
         for each, body in graphs.items()
         if peaks[each] > target
     }
-    lowered = max(each.after.peak_bytes for each in inner.values()) < max(peaks.values())
-    if lowered:
+    most = max(inner[each].after.peak_bytes if each in inner else peak for each, peak in peaks.items())
+    saved = max(peaks.values()) - most
+    if saved > 0:
         loop.bodies.update({name: found.graph_module for name, found in inner.items()})
         streamed.inner[group] = max(inner.values(), key=lambda found: found.after.peak_bytes)
-    return lowered
+    return saved
 
 
-def _loops(graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool, most_outer: int) -> Streamed:
-    """Loops side by side, or one around nearly all of the graph and more inside it."""
+def _stream(graph_module: fx.GraphModule, budget: int | None, spare: float, most_outer: int) -> Streamed:
+    """``_recomputed`` of a graph as it is: loops side by side, or one around nearly all of it and more inside.
+
+    The bodies of loops may be changed; those within an outer loop's body only where that has outer loops, too.
+    """
     before = profile(graph_module)
-    if budget is not None and before.peak_bytes <= budget:
+    if not before.peak_bytes or (budget is not None and before.peak_bytes <= budget):
         return Streamed(graph_module, (), Program(graph_module), before)
+    deep = most_outer > 0
     program = Program(split_norms(schedule(graph_module), LARGE_SHARE * before.peak_bytes))
     costs = _costs(program)
     outer = _outer(program, before.peak_bytes, most_outer)
     found = []
     if budget is None and outer is not None:
-        found.append(_nested(program, outer, costs, None, allow_recompute, most_outer))
+        found.append(_nested(program, outer, costs, None, spare, most_outer))
         if found[0].after.peak_bytes <= GOOD_SHARE * before.peak_bytes:
             return found[0]
     candidates = _candidates(program, range(len(program)))
     grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
     if outer is None:
-        return _flat(program, grouping, budget)
+        return _flat(program, grouping, budget, spare, deep)
     if budget is None:
         if grouping.lowest_bytes() < found[0].after.peak_bytes:
-            found.append(_flat(program, grouping, None))
+            found.append(_flat(program, grouping, None, spare, deep))
     else:
         if grouping.lowest_bytes() <= budget:
-            found.append(_flat(program, grouping, budget))
+            found.append(_flat(program, grouping, budget, spare, deep))
             if found[0].after.peak_bytes <= budget:
                 return found[0]
-        found.append(_nested(program, outer, costs, budget, allow_recompute, most_outer))
+        found.append(_nested(program, outer, costs, budget, spare, most_outer))
     return min(found, key=lambda streamed: streamed.after.peak_bytes)
 
 
@@ -221,12 +238,40 @@ def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
     """The candidates of the runs at those positions where memory is high."""
     hot, live = HOT_SHARE * program.peak_bytes, program.live_bytes
     runs = find_runs(program, [index for index in where if max(live[index : index + 2]) >= hot])
-    return [candidate for run in runs for candidate in find_candidates(program, run)]
+    return list(find_candidates(program, runs))
 
 
-def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slicer | None = None) -> Streamed:
-    """Loops side by side."""
+def _flat(
+    program: Program,
+    grouping: Grouping,
+    budget: int | None,
+    spare: float,
+    deep: bool,
+    slicer: Slicer | None = None,
+    inner: dict[Group, Streamed] | None = None,
+) -> Streamed:
+    """Loops side by side; where ``deep``, with bodies that are streamed where they make the peak."""
     slicer = slicer or Slicer(program)
+    best = _chosen(program, grouping, budget, slicer, inner or {})
+    if not deep:
+        return best
+    best = _deepened(best, budget, spare, grouping.floor_bytes())
+    while spare and best.inner and (budget is None or best.after.peak_bytes > budget):
+        for group in best.inner:
+            for length, body_bytes in slicer.loop(group).body_bytes().items():
+                grouping.learn(group, length, body_bytes)
+        found = _chosen(program, grouping, budget, slicer, best.inner)
+        found = _deepened(found, budget, spare, grouping.floor_bytes())
+        if found.after.peak_bytes >= best.after.peak_bytes:
+            break
+        best = found
+    return best
+
+
+def _chosen(
+    program: Program, grouping: Grouping, budget: int | None, slicer: Slicer, inner: dict[Group, Streamed]
+) -> Streamed:
+    """Loops side by side, as they are; ``inner`` has the bodies that were streamed before."""
     best: Streamed | None = None
     for _ in range(ROUNDS):
         lowest = grouping.lowest_bytes()
@@ -236,13 +281,14 @@ def _flat(program: Program, grouping: Grouping, budget: int | None, slicer: Slic
             for length, body_bytes in slicer.loop(group).body_bytes().items():
                 grouping.learn(group, length, body_bytes)
         rewritten = slicer.rewrite(groups)
-        found = Streamed(rewritten, tuple(groups), program, profile(rewritten))
+        known = {group: inner[group] for group in groups if group in inner}
+        found = Streamed(rewritten, tuple(groups), program, profile(rewritten), known)
         if best is None or found.after.peak_bytes < best.after.peak_bytes:
             best = found
         if found.after.peak_bytes <= target:
             break
         for group in groups:
-            grouping.count_larger(group)
+            grouping.avoid_larger(group)
     assert best is not None
     return best
 
@@ -252,7 +298,7 @@ def _nested(
     outer: Candidate,
     costs: CostModel,
     budget: int | None,
-    allow_recompute: bool,
+    spare: float,
     most_outer: int,
 ) -> Streamed:
     """One loop around nearly all of the graph, its body streamed in turn, beside the loops that the rest needs."""
@@ -262,10 +308,9 @@ def _nested(
     [(name, body)] = bodies.items()
     assert isinstance(body, fx.GraphModule)
     left = None if budget is None else max(budget - outer.fixed_bytes, 1)
-    inner = stream(body, left, allow_recompute, most_outer // outer.run.extent)
+    inner = _recomputed(body, left, spare / outer.run.extent, most_outer // outer.run.extent)
     bodies[name] = inner.graph_module
     outside = [index for index in range(len(program)) if not outer.start <= index <= outer.end]
     grouping = Grouping(program, _candidates(program, outside), costs)
     grouping.fix(group, inner.after.peak_bytes)
-    streamed = _flat(program, grouping, budget, slicer)
-    return replace(streamed, inner={group: inner} if group in streamed.groups else {})
+    return _flat(program, grouping, budget, spare, most_outer > 0, slicer, {group: inner})

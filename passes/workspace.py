@@ -184,8 +184,10 @@ def group_norm(out: Tensor, input: Tensor, groups: int, weight: Tensor | None = 
 
 @workspace(torch.ops.fxstream.group_moments.default, anywhere=True)
 def group_moments(out: Tensor, input: Tensor, groups: int) -> int:
-    """A tile's deviations, and before them the tile in the type that it is accumulated in."""
-    return tile_elements(input.shape) * out.element_size() * (1 if input.dtype == out.dtype else 2)
+    """Each row's mean and squares, and over them a tile's deviations, in the type of the result, or the rows'."""
+    rows = input.numel() // input.shape[-1]
+    tile = tile_elements(input) * (1 if input.dtype == out.dtype else 2)
+    return out.element_size() * (2 * rows + max(tile, rows + out.numel() // 2))
 
 
 @workspace(torch.ops.fxstream.group_statistics.default, anywhere=True)
@@ -203,7 +205,7 @@ def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor |
     if bias is not None and bias.dtype != statistics.dtype:
         channels += bias.numel()
     if input.dtype != statistics.dtype:
-        channels += tile_elements(input.shape)
+        channels += tile_elements(input)
     return channels * statistics.element_size()
 
 

@@ -12,14 +12,13 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
 import fxstream
 from fxstream.tools import catalogue
@@ -34,26 +33,23 @@ ALONE = "torch.compile alone"
 AGAIN, ENOUGH = "again", "enough"
 """Requests to a way's process."""
 
-TWO_LEVELS: dict[str, Any] = {
-    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    "block_out_channels": (32, 64),
-    "num_attention_heads": (2, 4),
-}
+
+def _backend(model: Callable[..., Any], budget: Any) -> Any:
+    return torch.compile(model, backend="fxstream", options={"memory_budget": budget}, fullgraph=True)
 
 
-def _backend(model: nn.Module) -> Any:
-    options: Any = {"memory_budget": BUDGET}
-    return torch.compile(model, backend="fxstream", options=options, fullgraph=True)
-
-
-WAYS = {
-    "eager": lambda model: model,
-    ALONE: lambda model: torch.compile(model, fullgraph=True),
-    "fxstream": lambda model: fxstream.optimize(model, BUDGET),
-    'fxstream, compile="inductor"': lambda model: fxstream.optimize(model, BUDGET, compile="inductor"),
-    "torch.compile of fxstream": lambda model: torch.compile(fxstream.optimize(model, BUDGET), fullgraph=True),
+COMPILED: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
+    ALONE: lambda model, budget: torch.compile(model, fullgraph=True),
+    'fxstream, compile="inductor"': lambda model, budget: fxstream.optimize(model, budget, compile="inductor"),
+    "torch.compile of fxstream": lambda model, budget: torch.compile(fxstream.optimize(model, budget), fullgraph=True),
     'torch.compile, backend="fxstream"': _backend,
+}
+"""The ways to compile a model, or a method of one, within a budget."""
+
+WAYS: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
+    "eager": lambda model, budget: model,
+    "fxstream": lambda model, budget: fxstream.optimize(model, budget),
+    **COMPILED,
 }
 
 
@@ -91,7 +87,7 @@ def _serve(name: str, quick: bool, pipe: Connection) -> None:
     [reference] = model(*args, **kwargs)
     torch.compile(torch.sin)(torch.zeros(2))  # what a compiler does once in a process
     began = time.perf_counter()
-    run = WAYS[name](model)
+    run = WAYS[name](model, BUDGET)
     run(*args, **kwargs)
     first = time.perf_counter() - began
     measured = measure_peak(run, *args, **kwargs)
@@ -112,8 +108,7 @@ def _predicted(run: Any) -> float:
 def _model(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if not quick:
         return unet(False)
-    entry = replace(catalogue.SVD, small={**catalogue.SVD.small, **TWO_LEVELS})
-    return catalogue.small(entry, frames=4, height=16, width=16, batch=1)
+    return catalogue.small(catalogue.shallow("svd-unet"), frames=4, height=16, width=16, batch=1)
 
 
 def _table(found: dict[str, dict[str, float]], seconds: dict[str, list[float]]) -> str:

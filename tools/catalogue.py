@@ -430,6 +430,36 @@ ENTRIES = (*UNETS, *TRANSFORMERS, *VAES)
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
 
 
+def _unet_levels(down: str, up: str) -> dict[str, Any]:
+    """Two levels of a UNet with blocks of these names, of which the upper has attention."""
+    return {
+        "down_block_types": (f"CrossAttn{down}", down),
+        "up_block_types": (up, f"CrossAttn{up}"),
+        "block_out_channels": (32, 64),
+    }
+
+
+_VAE_LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "block_out_channels": (32, 64)}
+_TWO_UP = {"up_block_types": ("UpDecoderBlock2D",) * 2}
+
+TWO_LEVELS: dict[str, dict[str, Any]] = {
+    "svd-unet": _unet_levels("DownBlockSpatioTemporal", "UpBlockSpatioTemporal") | {"num_attention_heads": (2, 4)},
+    "animatediff-unet": _unet_levels("DownBlockMotion", "UpBlockMotion"),
+    "modelscope-unet": _unet_levels("DownBlock3D", "UpBlock3D"),
+    "i2vgenxl-unet": _unet_levels("DownBlock3D", "UpBlock3D"),
+    "svd-vae": _VAE_LEVELS,
+    "sd-vae": _VAE_LEVELS | _TWO_UP,
+    "sd-vae-encode": _VAE_LEVELS | _TWO_UP,
+}
+"""What leaves two levels of a small model, for what takes long with more of them."""
+
+
+def shallow(name: str) -> Entry:
+    """The model of that name with two levels where it is small."""
+    entry = _entry(name)
+    return replace(entry, small={**entry.small, **TWO_LEVELS[name]})
+
+
 def build(
     name: str,
     *,

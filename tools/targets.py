@@ -229,8 +229,12 @@ def _configuration_file(path: Path, component: str | None) -> Path:
         listed = _read(path / PIPELINE)
         known = [key for key, value in listed.items() if isinstance(value, list) and (path / key / MODEL).is_file()]
         known = [key for key in known if listed[key][0] == "diffusers" and "_class_name" in _read(path / key / MODEL)]
+        if not known:
+            raise UsageError(
+                f"the pipeline {path} has no folder with the {MODEL} of a diffusers model; pass such a folder"
+            )
         if component is None:
-            raise UsageError(f"{path} is a pipeline: say which model with --component {' or '.join(known) or 'NAME'}")
+            raise UsageError(f"{path} is a pipeline: say which model with --component {' or '.join(known)}")
         if component not in known:
             raise UsageError(
                 f"the pipeline {path} has no model {component!r}; --component is one of {', '.join(known)}"
@@ -316,7 +320,7 @@ def _made(target: str, size: Size) -> Target:
             )
     try:
         made = function(**options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{target} raised {one_line(error)}; mend it (--debug shows where)") from error
     wanted = "(model, args, kwargs): a torch.nn.Module or a bound method of one, a tuple, and a dict"
     if not isinstance(made, tuple) or len(made) != 3:
@@ -340,7 +344,7 @@ def _function(target: str) -> Callable[..., Any]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise UsageError(f"{module_name} can't be imported ({one_line(error)}); install what it needs") from error
         raise UsageError(f"there is no module {error.name}; run where it can be imported, or set PYTHONPATH") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"{module_name} raised {one_line(error)} when imported; mend it (--debug shows where)"
         ) from error

@@ -5,10 +5,12 @@ from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
     ConfigMixin,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     I2VGenXLPipeline,
     I2VGenXLUNet,
     ModelMixin,
@@ -19,6 +21,8 @@ from diffusers import (
     UNet3DConditionModel,
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -203,12 +207,28 @@ def stable_diffusion():
     return pipeline, {**embeddings(), "height": 32, "width": 48}
 
 
+def wan():
+    """Which nothing in fxstream was written for: a transformer, and a decoder that goes frame by frame."""
+    transformer = WanTransformer3DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=12, text_dim=TEXT, ffn_dim=32
+    )
+    pipeline = WanPipeline(
+        vae=randomized(AutoencoderKLWan(base_dim=4, num_res_blocks=1)),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=randomized(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    return pipeline, {**embeddings(), "height": 32, "width": 48, "num_frames": 5}
+
+
 PIPELINES = {
     "svd": svd,
     "animatediff": animatediff,
     "modelscope": modelscope,
     "i2vgenxl": i2vgenxl,
     "stable-diffusion": stable_diffusion,
+    "wan": wan,
 }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxstream
+from fxstream.tools import catalogue
 from fxstream.tools.measure import measure_peak
 from tests.passes.programs import Network, example
 
@@ -220,3 +221,10 @@ class TestTheLowest:
         with pytest.raises(fxstream.MemoryBudgetError) as raised:
             fxstream.plan(Network(("spatial", "temporal"), 0), (example(0),), memory_budget=0.3)
         assert raised.value.lowest_bytes <= 1.01 * reached
+
+
+def test_a_budget_above_the_lowest_is_met():
+    """Also where the search for it ends above it."""
+    model, args, kwargs = catalogue.small(catalogue.shallow("sd-vae"), frames=3, height=8, width=12, batch=1)
+    plan = fxstream.plan(model, args, kwargs, memory_budget=0.5)
+    assert plan.after.peak_bytes <= plan.before.peak_bytes / 2

@@ -11,8 +11,10 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fxstream
+from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
 from tests.dynamo import fresh_dynamo, graphs  # noqa: F401 (a fixture)
+from tests.fxstream.pipelines import stable_diffusion
 from tests.passes.programs import Network, TokenFeedForward, example
 
 NAMES = ("spatial", "temporal", "pixels", "feedforward", "skip")
@@ -85,6 +87,25 @@ def test_recompiles_for_a_new_shape_alone(feed_forward):
         assert graphs() == expected
     with torch._dynamo.config.patch(error_on_recompile=True):
         function(torch.randn(6, 32, 16))
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_pipelines_second_generation_compiles_nothing(around):
+    pipeline, call = stable_diffusion()
+    pipeline.set_progress_bar_config(disable=True)
+    unet = pipeline.unet.requires_grad_(False)
+
+    def generate():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(**call, num_inference_steps=3, output_type="latent", generator=generator).images
+
+    expected = generate()
+    streamed = fxstream.optimize(unet, 0.5)
+    pipeline.unet = torch.compile(streamed, backend="eager", fullgraph=True) if around else compiled(unet, 0.5)
+    assert relative_l2(generate(), expected) <= 1e-5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert relative_l2(generate(), expected) <= 1e-5
+    assert graphs() == 1
 
 
 @pytest.mark.parametrize("around", [False, True])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import fxstream
@@ -81,6 +84,21 @@ def test_each_body_is_compiled_once(alone):
     assert loops and all(isinstance(body, CompiledPart) for loop in loops for body in loop.bodies.values())
     bodies = {id(part) for part in parts(first) if isinstance(part, CompiledPart)}
     assert bodies == {id(part) for part in parts(second) if isinstance(part, CompiledPart)}
+
+
+def test_two_budgets_share_a_cache_on_disk(alone):
+    """What is compiled is forgotten each time; the last is read from the cache, and is not the one of before."""
+    model, x, expected, _ = alone
+    for budget, misses in ((BUDGET, None), (0.3, True), (BUDGET, False)):
+        torch._dynamo.reset()
+        counters.clear()
+        gc.collect()
+        function = torch.compile(fxstream.optimize(model, budget), fullgraph=True)
+        assert relative_l2(function(x), expected) <= 1e-5
+        assert misses is None or misses == bool(counters["inductor"]["fxgraph_cache_miss"])
+        plan = fxstream.plan(model, (x,), memory_budget=budget)
+        assert measure_peak(function, x).peak_bytes <= 1.05 * plan.after.peak_bytes
+        del function
 
 
 def test_a_weight_that_is_replaced_is_seen(alone):

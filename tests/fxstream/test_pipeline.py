@@ -19,6 +19,7 @@ STAGES = {
     "modelscope": ["unet", "vae.decode"],
     "i2vgenxl": ["image_encoder", "vae.encode", "unet", "vae.decode"],
     "stable-diffusion": ["unet", "vae.decode"],
+    "wan": ["transformer", "vae.decode"],
 }
 
 

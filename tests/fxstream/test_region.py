@@ -59,6 +59,32 @@ def test_results_that_are_no_tensors_alone():
     assert function(x, named=False)[1] is None
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_results_that_are_views(backend):
+    """Of each other, of an input, and in an object that holds both a value and its halves."""
+
+    class Halves:
+        def __init__(self, whole):
+            self.whole = whole
+            self.first, self.second = whole.chunk(2, dim=1)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            y = (x * 2).sin()
+            return Halves(y), y.transpose(0, 1)[1], x, x[0], y
+
+    model, x = Model(), torch.randn(8, 32, 16)
+    function = compiled(fxstream.optimize(model, "min"), backend)
+    halves, *others = function(x)
+    expected, *wanted = model(x)
+    found = [halves.whole, halves.first, halves.second, *others]
+    for value, other in zip(found, [expected.whole, expected.first, expected.second, *wanted], strict=True):
+        assert torch.equal(value, other) and value.stride() == other.stride()
+    halves.whole.zero_()
+    assert not halves.second.any() and not others[0].any()
+    assert others[1].data_ptr() == others[2].data_ptr() == x.data_ptr()
+
+
 def test_a_method_of_a_model():
     class Decoder(TokenFeedForward):
         def decode(self, x):

@@ -48,7 +48,7 @@ def built(program, candidate, slices):
 
 
 def estimates_hold(program, extent, slices):
-    candidates = [c for run in find_runs(program, range(len(program))) for c in find_candidates(program, run)]
+    candidates = find_candidates(program, find_runs(program, range(len(program))))
     candidates = [candidate for candidate in candidates if candidate.run.extent == extent]
     assert len(candidates) > 10
     for candidate in candidates:
@@ -75,9 +75,22 @@ def test_a_whole_run_begins_and_ends_as_the_run_does(feedforward):
 
 def test_intervals_are_of_the_run_and_each_once(feedforward):
     run = find_runs(feedforward, [0])[0]
-    seen = Counter((candidate.start, candidate.end) for candidate in find_candidates(feedforward, run))
+    seen = Counter((candidate.start, candidate.end) for candidate in find_candidates(feedforward, [run]))
     assert max(seen.values()) == 1
     assert all(run.start <= start < end <= run.end for start, end in seen)
+
+
+def test_what_runs_have_in_common_is_told_once(feedforward):
+    runs = [run for start in range(3) for run in find_runs(feedforward, [start])]
+
+    def interval(candidate):
+        run, within = candidate.run, range(candidate.start, candidate.end + 1)
+        return run.extent, run.steps, tuple((at, run.slices[at]) for at in within if at in run.slices)
+
+    alone = Counter(interval(candidate) for run in runs for candidate in find_candidates(feedforward, [run]))
+    together = Counter(interval(candidate) for candidate in find_candidates(feedforward, runs))
+    assert together.keys() == alone.keys()
+    assert max(together.values()) == 1 < max(alone.values())
 
 
 def test_a_hill_is_a_candidate_however_low_the_rest_of_the_run_is():
@@ -96,7 +109,7 @@ def test_a_hill_is_a_candidate_however_low_the_rest_of_the_run_is():
     targets = [str(value.call.target) for value in program.values]
     hill = (targets.index("aten.cat.default"), targets.index("aten.sum.dim_IntList"))
     run = next(run for run in find_runs(program, [0]) if run.extent == 12)
-    assert hill in {(candidate.start, candidate.end) for candidate in find_candidates(program, run)}
+    assert hill in {(candidate.start, candidate.end) for candidate in find_candidates(program, [run])}
 
 
 def test_a_loop_costs_what_its_inputs_and_outputs_and_one_body_hold():

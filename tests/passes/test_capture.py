@@ -718,3 +718,34 @@ def test_zeros_of_either_sign_are_not_one_argument():
 def test_arguments_that_can_not_be_told_apart():
     with pytest.raises(ValueError, match="bytearray"):
         key(X, bytearray(b"12"))
+
+
+class ChannelsLast(nn.Module):
+    """A convolution that is large enough for oneDNN, which keeps its input's order of channels, between views."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(8, 32)
+
+    def forward(self, x):
+        return self.norm(self.conv(x.permute(0, 3, 1, 2))).reshape(x.shape[0], -1, x.shape[2])
+
+
+def test_layouts_are_those_of_a_real_run():
+    """torch.export traces without oneDNN, where the convolution's result is contiguous and the reshape a view."""
+    model, x = ChannelsLast().requires_grad_(False), torch.randn(1, 32, 40, 32)
+    graph_module = capture(model, (x,)).graph_module
+    seen = {}
+
+    class Run(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if n.op == "call_function":
+                seen[n.name] = (value.stride(), n.meta["val"].stride())
+            return value
+
+    [result] = Run(graph_module).run(x)
+    assert torch.equal(result, model(x))
+    assert [real for real, _ in seen.values()] == [fake for _, fake in seen.values()]
+    convolution = next(node for node in graph_module.graph.nodes if node.target is torch.ops.aten.conv2d.default)
+    assert convolution.meta["val"].is_contiguous(memory_format=torch.channels_last)

@@ -40,7 +40,7 @@ class Sliced:
         position = {value.node.name: index for index, value in enumerate(program.values)}
         [run] = [run for run in find_runs(program, [position[start]]) if run.slices[position[start]] == seed]
         last = run.end if end is None else position[end]
-        found = [*find_candidates(program, run), whole(program, run)]
+        found = [*find_candidates(program, [run]), whole(program, run)]
         candidate = next(c for c in found if (c.start, c.end) == (run.start, last))
         slicer = Slicer(program)
         group = Group(candidate, lengths_of(run.extent, slices))
@@ -210,7 +210,7 @@ def test_any_candidate_of_a_network_can_be_a_loop(names, seed, pick, share):
     model, x = Network(names, seed), example(seed)
     program = Program(normalize(capture(model, (x,)).graph_module))
     runs = find_runs(program, range(len(program)))
-    candidates = list(find_candidates(program, runs[pick % len(runs)]))
+    candidates = list(find_candidates(program, [runs[pick % len(runs)]]))
     candidate = candidates[pick % len(candidates)]
     slices = 1 + round(share * (candidate.run.extent - 1))
     rewritten = Slicer(program).rewrite([Group(candidate, lengths_of(candidate.run.extent, slices))])

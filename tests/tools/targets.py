@@ -38,6 +38,10 @@ def broken():
     raise ValueError("no\nluck")
 
 
+def leaving():
+    raise SystemExit(3)
+
+
 def a_number():
     return 3
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -146,6 +147,8 @@ def test_a_file_that_cannot_be_used(tmp_path, name):
         ("svd-unett", {}, "did you mean svd-unet?"),
         ("missing/config.json", {}, "there is no file or folder missing/config.json"),
         ("{empty}", {}, "neither a config.json"),
+        ("{bare}", {}, "has no folder with the config.json of a diffusers model"),
+        ("{bare}", {"component": "unet"}, "has no folder with the config.json of a diffusers model"),
         ("{pipeline}", {}, "--component unet or vae"),
         ("{pipeline}", {"component": "text_encoder"}, "one of unet, vae"),
         ("svd-unet", {"component": "unet"}, "--component is for a pipeline's folder"),
@@ -157,6 +160,7 @@ def test_a_file_that_cannot_be_used(tmp_path, name):
         ("tests.tools.targets:not_a_function", {}, "has a int, not a function, called not_a_function"),
         ("tests.tools.targets:", {}, "not of the form package.module:function"),
         ("tests.tools.targets:broken", {}, "raised ValueError: no luck"),
+        ("tests.tools.targets:leaving", {}, "raised SystemExit: 3"),
         ("tests.tools.targets:a_number", {}, "returned a int, not (model, args, kwargs)"),
         ("tests.tools.targets:no_model", {}, "returned (int, tuple, dict), not (model, args, kwargs)"),
         ("tests.tools.targets:nested", {"size": Size(frames=3)}, "takes no argument for --frames"),
@@ -164,10 +168,13 @@ def test_a_file_that_cannot_be_used(tmp_path, name):
     ],
 )
 def test_what_cannot_be_a_target(pipeline, tmp_path, target, options, message):
-    (tmp_path / "empty").mkdir()
+    folders = {"pipeline": pipeline, "empty": tmp_path / "empty", "bare": tmp_path / "bare"}
+    for name in ("empty", "bare"):
+        folders[name].mkdir()
+    shutil.copy(pipeline / "model_index.json", folders["bare"])
     size = options.pop("size", Size())
     with pytest.raises(UsageError) as raised:
-        load(target.format(pipeline=pipeline, empty=tmp_path / "empty"), size, **options)
+        load(target.format(**folders), size, **options)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 

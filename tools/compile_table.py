@@ -1,0 +1,67 @@
+"""The table of torch.compile over the catalogue: what each small model computes and holds when Inductor compiles it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import fxstream
+from fxstream.passes.capture import flatten
+from fxstream.tools import catalogue
+from fxstream.tools.bench import MIB, relative_l2
+from fxstream.tools.bench_compile import ALONE, BUDGET, COMPILED
+from fxstream.tools.measure import measure_peak
+
+HEADERS = ["model", "way", "loops (ragged)", "predicted MiB", "peak MiB", "of predicted", "of alone", "relative L2"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fxstream.tools.compile_table", description=__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(catalogue.TWO_LEVELS)} (all)")
+    parser.add_argument("--budget", type=_budget, default=BUDGET, help="a share, or min (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    for cells in _cells(options.models or list(catalogue.TWO_LEVELS), options.budget):
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def _budget(text: str) -> float | str:
+    return text if text == "min" else float(text)
+
+
+def _cells(names: list[str], budget: float | str) -> Iterator[list[str]]:
+    yield HEADERS
+    yield ["---"] * 2 + ["---:"] * (len(HEADERS) - 2)
+    for name in names:
+        entry = catalogue.shallow(name)
+        batch = 2 if entry.component == "unet" else 1
+        model, args, kwargs = catalogue.small(entry, frames=3, height=8, width=12, batch=batch)
+        plan = fxstream.plan(model, args, kwargs, memory_budget=budget)
+        ragged = sum(len(set(group.lengths)) > 1 for group in plan.groups)
+        predicted = plan.after.peak_bytes
+        peak, distance = _run(COMPILED[ALONE](model, budget), model, args, kwargs)
+        alone = peak
+        yield [name, ALONE, "", "", f"{alone / MIB:.2f}", "", "100%", f"{distance:.1e}"]
+        for way in [way for way in COMPILED if way != ALONE]:
+            peak, distance = _run(COMPILED[way](model, budget), model, args, kwargs)
+            loops = [f"{len(plan.groups)} ({ragged})", f"{predicted / MIB:.2f}", f"{peak / MIB:.2f}"]
+            yield [name, way, *loops, f"{peak / predicted:.1%}", f"{peak / alone:.0%}", f"{distance:.1e}"]
+
+
+def _run(
+    compiled: Callable[..., Any], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, float]:
+    """The peak of a run after the first, in bytes, and the distance of what it gives from what eager mode does."""
+    torch._dynamo.reset()
+    compiled(*args, **kwargs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        measured = measure_peak(compiled, *args, **kwargs)
+    found, expected = (flatten(result)[0] for result in (measured.result, model(*args, **kwargs)))
+    return measured.peak_bytes, max(relative_l2(*pair) for pair in zip(found, expected, strict=True))
+
+
+if __name__ == "__main__":
+    main()
