@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
+from math import inf
 
 from torch import fx
 
@@ -48,13 +50,14 @@ def _in_order(liveness: Liveness, order: Sequence[fx.Node]) -> Liveness:
 
 def _late(liveness: Liveness, least: int) -> list[fx.Node]:
     """Each node just before the first that reads it, if it makes ``least`` bytes more than it is the last to need."""
-    order = list(liveness.schedule)
-    for index, node in reversed(list(enumerate(liveness.schedule))):
-        if _growth(liveness, index, node) >= least and node.users:
-            order.remove(node)
-            places = [order.index(user) for user in node.users if user.op != "output"]
-            order.insert(min(places, default=len(order)), node)
-    return order
+    place: dict[fx.Node, tuple[float, ...]] = {node: (at, inf) for at, node in enumerate(liveness.schedule)}
+    moved = count()
+    for at, node in reversed(list(enumerate(liveness.schedule))):
+        if _growth(liveness, at, node) >= least and node.users:
+            places = [place[user] for user in node.users if user.op != "output"]
+            *first, _ = min(places, default=(len(place), inf))
+            place[node] = (*first, next(moved), inf)  # before the first user, and after what is there already
+    return sorted(liveness.schedule, key=place.__getitem__)
 
 
 def _growth(liveness: Liveness, index: int, node: fx.Node) -> int:
