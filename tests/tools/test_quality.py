@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxstream.tools import quality
-from fxstream.tools.generation import generate, label_embedding, label_of, load, pack, unpack
+from fxstream.tools.generation import generate, label_embedding, label_of, load, noise_schedule, pack, unpack
 from fxstream.tools.shapes import COLOURS, FRAMES, GROUND, MOTIONS, SHAPES, SIZE, draw
 
 
@@ -72,6 +72,19 @@ def test_a_clip_follows_from_its_seed():
     made = generate(silent, [3, 4], steps=3)
     assert torch.equal(made[1:], generate(silent, [4], steps=3))
     assert not quality.measure(made).passed()["all"].any()
+
+
+def test_a_clip_keeps_the_noise_that_it_began_with():
+    """Where the clean clip that the model sees lies beyond what pixels hold, as guidance makes it."""
+    noises, alphas = [], noise_schedule().alphas_cumprod
+
+    def beyond(sample, timestep, label, return_dict):
+        clean, noise = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
+        noises.append((sample - clean) / noise)
+        return ((clean * sample - 1.5) / noise,)
+
+    generate(beyond, [3], steps=5)
+    assert all(torch.allclose(noise, noises[0], atol=1e-4) for noise in noises)
 
 
 def test_the_demos_model_makes_clips_like_these():
