@@ -88,7 +88,7 @@ def test_a_clip_keeps_the_noise_that_it_began_with():
 
 
 def test_the_demos_model_makes_clips_like_these():
-    """Shapes that move as they should, most of them of one colour; what it was trained from made noise."""
+    """Shapes of one colour that move as they should, most of them with as clean an edge as real ones."""
     passed = quality.measure(generate(load(), range(12))).passed()
     assert passed["area"].all() and passed["steady area"].all()
-    assert passed["motion"].sum() >= 10 and passed["all"].sum() >= 5
+    assert passed["motion"].sum() >= 10 and passed["all"].sum() >= 7
