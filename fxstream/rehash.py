@@ -51,8 +51,7 @@ class StepRehash:
     (below the skip connection numbered ``branch`` from the output), "paper" (after the last block), the path of a
     module, the name of a node of the captured graph, or several of these two. ``predictor`` is "reuse" or "taylor", of
     ``order`` 1 or 2, over the values and times of the last full steps, damped by what would have served best at the
-    last of them. ``timestep`` names the model's argument that is
-    the timestep, where its signature doesn't.
+    last of them. ``timestep`` names the model's argument that is the timestep, where its signature doesn't.
 
     Raises ``ValueError`` for settings that can't be met.
     """
