@@ -105,6 +105,8 @@ def optimize(
     now. ``restore`` undoes it.
     """
     budget = Budget.parse(memory_budget)
+    if not isinstance(step_rehash, StepRehash | None):
+        raise TypeError(f"step_rehash={step_rehash!r} is no StepRehash: give StepRehash(...)")
     backend = None
     if compile is not None:
         from fxstream.compiled import check_compiler  # and with it Dynamo, which takes seconds

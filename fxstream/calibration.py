@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def calibrate(
     run: Any,
     model: Callable[..., Any] | None = None,
     *,
-    cuts: Sequence[str] = ("auto",),
+    cuts: Sequence[str | Sequence[str]] = ("auto",),
     generations: int = 1,
     arguments: Mapping[str, Any] | None = None,
     rehash: StepRehash | None = None,
@@ -168,7 +168,7 @@ def calibrate(
         maps.append(recorder.similarity())
     assert times is not None
     module, _ = owner(model)
-    averaged = {cut: torch.stack([found[n] for found in maps]).mean(dim=0) for n, cut in enumerate(cuts)}
+    averaged = {each.cut_name: torch.stack([found[n] for found in maps]).mean(dim=0) for n, each in enumerate(settings)}
     return Calibration(
         fingerprint(module),
         tuple(times),
@@ -182,10 +182,10 @@ def fingerprint(module: nn.Module) -> str:
     return f"{type(module).__name__}-{hashlib.sha256(repr(weights).encode()).hexdigest()[:16]}"
 
 
-def _settings(rehash: StepRehash, cut: str) -> StepRehash:
-    name, _, branch = cut.partition(":")
-    changes = {"cut": name, "branch": int(branch)} if name == "deepcache" and branch.isdecimal() else {"cut": cut}
-    return StepRehash(**{"keep": rehash.keep, "timestep": rehash.timestep, **changes})  # type: ignore[arg-type]
+def _settings(rehash: StepRehash, cut: str | Sequence[str]) -> StepRehash:
+    made = StepRehash(cut=cut, keep=rehash.keep, timestep=rehash.timestep)
+    name, _, branch = made.cut_name.partition(":")
+    return replace(made, cut=name, branch=int(branch)) if name == "deepcache" and branch.isdecimal() else made
 
 
 def _denoiser(

@@ -51,8 +51,7 @@ class StepRehash:
     (below the skip connection numbered ``branch`` from the output), "paper" (after the last block), the path of a
     module, the name of a node of the captured graph, or several of these two. ``predictor`` is "reuse" or "taylor", of
     ``order`` 1 or 2, over the values and times of the last full steps, damped by what would have served best at the
-    last of them. ``timestep`` names the model's argument that is
-    the timestep, where its signature doesn't.
+    last of them. ``timestep`` names the model's argument that is the timestep, where its signature doesn't.
 
     Raises ``ValueError`` for settings that can't be met.
     """
@@ -90,6 +89,9 @@ class StepRehash:
                 raise ValueError(f"{name}={value!r} is out of range: it is a number of steps, at least {low}")
         if self.key_steps is not None:
             object.__setattr__(self, "key_steps", _checked(self.key_steps, self.steps))
+        names = [self.cut] if isinstance(self.cut, str) else self.cut
+        if not isinstance(names, Sequence) or not names or not all(name and isinstance(name, str) for name in names):
+            raise ValueError(f"cut={self.cut!r} is no cut: give a preset, a module's path or a node, or a list")
         if self.threshold is not None and not self.threshold > 0:
             raise ValueError(f"threshold={self.threshold!r} is out of range: a relative change above 0")
         if self.cool_down and self.steps is None:
@@ -102,6 +104,8 @@ class StepRehash:
             raise ValueError(f"order={self.order!r} is out of range: a Taylor predictor is of order 1 or 2")
 
     def _calibrated(self, calibration: Calibration) -> None:
+        if not hasattr(calibration, "key_steps"):
+            raise ValueError(f"calibration={calibration!r} is none: give what calibrate or Calibration.load returns")
         if (self.full_steps is None) == (self.gamma is None):
             raise ValueError("a calibration needs one of full_steps=... and gamma=...")
         if self.steps not in (None, calibration.steps):
@@ -147,8 +151,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _checked(steps: Sequence[int], count: int | None) -> tuple[int, ...]:
+    if not isinstance(steps, Sequence) or not all(map(_is_int, steps)):
+        raise ValueError(f"key_steps={steps!r} is no list of steps: give their indices, from 0 on")
     found = tuple(steps)
-    if not found or found[0] != 0 or not all(map(_is_int, found)):
+    if not found or found[0] != 0:
         raise ValueError(f"key_steps={list(found)!r} does not begin with step 0, which has nothing to reuse")
     if list(found) != sorted(set(found)):
         raise ValueError(f"key_steps={list(found)!r} is not ascending: give each step once, in order")

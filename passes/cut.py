@@ -151,8 +151,7 @@ def _minimum_cut(
 ) -> tuple[fx.Node, ...]:
     """The values of fewest bytes that separate ``skipped`` from the output and from ``kept``.
 
-    The flow runs from the output, so that of equal
-    cuts the one found lies furthest from the output.
+    The flow runs from the output, so that of equal cuts the one found lies furthest from the output.
     """
     flow = nx.DiGraph()
     output = graph.output_node()

@@ -68,6 +68,14 @@ def test_its_key_steps_are_run(model, calibration):
     assert module.stats().full_steps == len(rehash.key_steps) <= 4
 
 
+def test_a_cut_of_several_values(model):
+    cut = ["up_blocks.1", "mid_block"]
+    found = fxstream.calibrate(lambda unet: generate(unet, steps=3), model, cuts=[cut])
+    assert StepRehash(calibration=found, full_steps=2, cut=cut).key_steps == (0, 2)
+    with pytest.raises(ValueError, match=r"the cut 'up_blocks\.1' was not calibrated"):
+        StepRehash(calibration=found, full_steps=2, cut="up_blocks.1")
+
+
 def test_a_pipeline(model):
     class Pipeline:
         def __init__(self):

@@ -327,6 +327,12 @@ class TestErrors:
             ({"key_steps": [1, 2]}, "does not begin with step 0"),
             ({"key_steps": [0, -1]}, "not ascending"),
             ({"key_steps": []}, "does not begin with step 0"),
+            ({"key_steps": [0, 2.5]}, "is no list of steps"),
+            ({"key_steps": 3}, "key_steps=3 is no list of steps"),
+            ({"cut": []}, r"cut=\[\] is no cut"),
+            ({"cut": 3}, "cut=3 is no cut"),
+            ({"cut": ""}, "cut='' is no cut"),
+            ({"calibration": "map.json", "full_steps": 3}, "calibration='map.json' is none"),
             ({"key_steps": [0, 25], "steps": 25}, "key step 25 is out of range: of 25 steps the last is 24"),
             ({"threshold": 0.0}, "threshold=0.0 is out of range"),
             ({"max_skips": 0}, "max_skips=0 is out of range"),
@@ -340,6 +346,10 @@ class TestErrors:
     def test_settings(self, settings, message):
         with pytest.raises(ValueError, match=message):
             StepRehash(**settings)
+
+    def test_no_settings(self, model):
+        with pytest.raises(TypeError, match="step_rehash='auto' is no StepRehash"):
+            fxstream.optimize(model, "min", step_rehash="auto")
 
     def test_a_generation_of_more_steps(self, rehashed):
         module = rehashed(every=2, steps=5)

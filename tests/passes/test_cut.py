@@ -7,6 +7,7 @@ from itertools import combinations, pairwise
 import networkx as nx
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 from fxstream.passes.capture import capture, module_path
@@ -85,6 +86,19 @@ class TestPresets:
             for where in ("auto", "deepcache")
         ]
         assert sizes[0] <= sizes[1]
+
+
+def test_a_transformer_of_residual_blocks():
+    """Auto holds what each block adds to the stream, a block's name the stream."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 16, "text_dim": 16}
+    model = WanTransformer3DModel(in_channels=4, out_channels=4, num_layers=3, rope_max_seq_len=8, **config)
+    tensors = torch.randn(1, 4, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 3, 16)
+    graph_module, inputs = graph_of(model, *tensors)
+    auto, block = (find_cut(graph_module, where, *inputs[:2]) for where in ("auto", "blocks.1"))
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= {".".join(module_path(node).split(".")[:2]) for node in auto}
+    assert dependence(graph_module, auto)[0] == [True, True]
+    assert len(block) == 1
+    assert dependence(graph_module, block)[0] == [False, True]
 
 
 class Ladder(nn.Module):
