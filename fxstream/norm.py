@@ -24,19 +24,29 @@ TILE = 1 << 18
 def group_moments(input: Tensor, groups: int) -> Tensor:
     """(N, C, *S, L) -> (2, N, groups, *S): mean, and sum of squared deviations from it, over C / groups and L."""
     moments = _moments_like(input, groups)
-    where = {"dtype": moments.dtype, "device": input.device}
-    rows, squares = (torch.empty_permuted(input.shape[:-1], _order(input), **where) for _ in range(2))
-    for box in _tiles(input):
-        tile = input[box].to(moments.dtype)
-        mean = torch.mean(tile, -1, out=rows[box])
-        torch.sum((tile - mean.unsqueeze(-1)).square_(), -1, out=squares[box])
-    rows, squares = rows.unflatten(1, (groups, -1)), squares.unflatten(1, (groups, -1))
-    means, total = moments
-    torch.mean(rows, 2, out=means)
-    torch.sum(squares, 2, out=total)
-    between = (rows - means.unsqueeze(2)).square_().sum(2)
-    total.add_(between, alpha=input.shape[-1])
+    means, squares = moments
+    values = grouped(input, groups)
+    of = _moments_by_row if channels_last(values) else _moments
+    for box in _tiles(values, 2):
+        means[box], squares[box] = of(values[box].to(moments.dtype))
     return moments
+
+
+def _moments(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the last two dimensions, and sum of squared deviations from it."""
+    mean = tile.mean((-2, -1))
+    return mean, (tile - mean[..., None, None]).square_().sum((-2, -1))
+
+
+def _moments_by_row(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by way of each channel's: kernels are slow over a few channels that lie innermost."""
+    values = tile.movedim(1, -3).flatten(-3, -2)
+    rows = values.mean(-1)
+    squares = (values - rows.unsqueeze(-1)).square_().sum(-1)
+    rows, squares = (each.unflatten(-1, (-1, tile.shape[-2])).movedim(-2, 1) for each in (rows, squares))
+    mean = rows.mean(-1)
+    between = (rows - mean.unsqueeze(-1)).square_().sum(-1)
+    return mean, squares.sum(-1).add_(between, alpha=tile.shape[-1])
 
 
 @group_moments.register_fake
@@ -70,7 +80,7 @@ def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: 
     inner = (1,) * (input.dim() - 2)
     mean, scale = mean.unflatten(1, (-1, *inner)), scale.unflatten(1, (-1, *inner))
     shift = None if bias is None else bias.unflatten(0, (-1, *inner))
-    for box in _tiles(input):
+    for box in _tiles(input, 1):
         samples, channels, *_ = box
         result, part = out[box], input[box]
         tile = result if out.dtype == mean.dtype else part.to(mean.dtype)
@@ -89,15 +99,29 @@ def _scaled_like(input: Tensor, statistics: Tensor, weight: Tensor | None, bias:
     return torch.empty_like(input, memory_format=suggest_memory_format(input))  # as the whole norm's output
 
 
-def tile_elements(input: Tensor) -> int:
-    """Elements of the largest tile that an input is worked on in."""
-    first = next(_tiles(input))
-    return input.shape[-1] * prod(min(size, part.stop) for size, part in zip(input.shape, first, strict=False))
+def grouped(input: Tensor, groups: int) -> Tensor:
+    """(N, C, *S, L) -> (N, groups, *S, C / groups, L), a view."""
+    return input.unflatten(1, (groups, -1)).movedim(2, -2)
 
 
-def _tiles(input: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Boxes that cover all dimensions but the last, in the order of memory, of at most ``TILE`` elements or one row."""
-    order = _order(input)
+def channels_last(values: Tensor) -> bool:
+    """Whether channels of a group lie closer together than steps of the last dimension."""
+    return values.stride(-2) < values.stride(-1)
+
+
+def tile_elements(input: Tensor, inner: int) -> int:
+    """Elements of the largest tile that an input is worked on in, which holds its last ``inner`` dimensions whole."""
+    first = next(_tiles(input, inner))
+    sizes = zip(input.shape, first, strict=False)
+    return prod(input.shape[-inner:]) * prod(min(size, part.stop) for size, part in sizes)
+
+
+def _tiles(input: Tensor, inner: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes that cover all but the last ``inner`` dimensions, in the order of memory, of ``TILE`` elements at most.
+
+    Where the last ``inner`` dimensions have more, a box is of one step.
+    """
+    order = sorted(range(input.dim() - inner), key=lambda dim: -input.stride(dim))
     parts, rest = [], prod(input.shape)
     for dim in order:
         rest //= input.shape[dim]
@@ -105,8 +129,3 @@ def _tiles(input: Tensor) -> Iterator[tuple[slice, ...]]:
         parts.append([slice(start, start + length) for start in range(0, input.shape[dim], length)])
     for box in product(*parts):
         yield tuple(part for _, part in sorted(zip(order, box, strict=True), key=itemgetter(0)))
-
-
-def _order(input: Tensor) -> list[int]:
-    """All dimensions but the last, the outermost in memory first."""
-    return sorted(range(input.dim() - 1), key=lambda dim: -input.stride(dim))

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
-from fxstream.norm import tile_elements
+from fxstream.norm import channels_last, grouped, tile_elements
 
 aten = torch.ops.aten
 
@@ -184,10 +184,11 @@ def group_norm(out: Tensor, input: Tensor, groups: int, weight: Tensor | None = 
 
 @workspace(torch.ops.fxstream.group_moments.default, anywhere=True)
 def group_moments(out: Tensor, input: Tensor, groups: int) -> int:
-    """Each row's mean and squares, and over them a tile's deviations, in the type of the result, or the rows'."""
-    rows = input.numel() // input.shape[-1]
-    tile = tile_elements(input) * (1 if input.dtype == out.dtype else 2)
-    return out.element_size() * (2 * rows + max(tile, rows + out.numel() // 2))
+    """A tile's deviations, before them the tile in the type that it is accumulated in; channels' means and squares."""
+    values = grouped(input, groups)
+    tile = tile_elements(values, 2)
+    rows = 2 * tile // values.shape[-1] if channels_last(values) else 0
+    return out.element_size() * (tile * (1 if input.dtype == out.dtype else 2) + rows)
 
 
 @workspace(torch.ops.fxstream.group_statistics.default, anywhere=True)
@@ -205,7 +206,7 @@ def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor |
     if bias is not None and bias.dtype != statistics.dtype:
         channels += bias.numel()
     if input.dtype != statistics.dtype:
-        channels += tile_elements(input)
+        channels += tile_elements(input, 1)
     return channels * statistics.element_size()
 
 
