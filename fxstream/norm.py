@@ -7,7 +7,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 from operator import itemgetter
@@ -19,15 +19,18 @@ from torch._prims_common import suggest_memory_format
 TILE = 1 << 18
 """Elements that are worked on at once."""
 
+Steps = tuple[Sequence[int], Sequence[int], int]
+"""Sizes and strides of the dimensions that an input is cut along, and the elements in one step of them all."""
+
 
 @torch.library.custom_op("fxstream::group_moments", mutates_args=())
 def group_moments(input: Tensor, groups: int) -> Tensor:
     """(N, C, *S, L) -> (2, N, groups, *S): mean, and sum of squared deviations from it, over C / groups and L."""
     moments = _moments_like(input, groups)
     means, squares = moments
-    values = grouped(input, groups)
-    of = _moments_by_row if channels_last(values) else _moments
-    for box in _tiles(values, 2):
+    values = input.unflatten(1, (groups, -1)).movedim(2, -2)
+    of = _moments_by_row if channels_last(input) else _moments
+    for box in _tiles(*_steps_of_groups(input, groups)):
         means[box], squares[box] = of(values[box].to(moments.dtype))
     return moments
 
@@ -80,7 +83,7 @@ def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: 
     inner = (1,) * (input.dim() - 2)
     mean, scale = mean.unflatten(1, (-1, *inner)), scale.unflatten(1, (-1, *inner))
     shift = None if bias is None else bias.unflatten(0, (-1, *inner))
-    for box in _tiles(input, 1):
+    for box in _tiles(*_steps(input)):
         samples, channels, *_ = box
         result, part = out[box], input[box]
         tile = result if out.dtype == mean.dtype else part.to(mean.dtype)
@@ -99,33 +102,45 @@ def _scaled_like(input: Tensor, statistics: Tensor, weight: Tensor | None, bias:
     return torch.empty_like(input, memory_format=suggest_memory_format(input))  # as the whole norm's output
 
 
-def grouped(input: Tensor, groups: int) -> Tensor:
-    """(N, C, *S, L) -> (N, groups, *S, C / groups, L), a view."""
-    return input.unflatten(1, (groups, -1)).movedim(2, -2)
+def channels_last(input: Tensor) -> bool:
+    """Whether channels lie closer together than steps of the last dimension."""
+    return input.stride(1) < input.stride(-1)
 
 
-def channels_last(values: Tensor) -> bool:
-    """Whether channels of a group lie closer together than steps of the last dimension."""
-    return values.stride(-2) < values.stride(-1)
+def moments_tile(input: Tensor, groups: int) -> int:
+    """Elements of the largest tile that moments are taken of at once."""
+    return _largest(*_steps_of_groups(input, groups))
 
 
-def tile_elements(input: Tensor, inner: int) -> int:
-    """Elements of the largest tile that an input is worked on in, which holds its last ``inner`` dimensions whole."""
-    first = next(_tiles(input, inner))
-    sizes = zip(input.shape, first, strict=False)
-    return prod(input.shape[-inner:]) * prod(min(size, part.stop) for size, part in sizes)
+def scale_tile(input: Tensor) -> int:
+    """Elements of the largest tile that is scaled at once."""
+    return _largest(*_steps(input))
 
 
-def _tiles(input: Tensor, inner: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes that cover all but the last ``inner`` dimensions, in the order of memory, of ``TILE`` elements at most.
+def _steps_of_groups(input: Tensor, groups: int) -> Steps:
+    """Of (N, groups, *S) with C / groups and L in each step."""
+    channels = input.shape[1] // groups
+    (samples, _, *inner), (stride, step, *strides) = input.shape[:-1], input.stride()[:-1]
+    return (samples, groups, *inner), (stride, step * channels, *strides), channels * input.shape[-1]
 
-    Where the last ``inner`` dimensions have more, a box is of one step.
-    """
-    order = sorted(range(input.dim() - inner), key=lambda dim: -input.stride(dim))
-    parts, rest = [], prod(input.shape)
+
+def _steps(input: Tensor) -> Steps:
+    """Of (N, C, *S) with L in each step."""
+    return input.shape[:-1], input.stride()[:-1], input.shape[-1]
+
+
+def _largest(sizes: Sequence[int], strides: Sequence[int], cell: int) -> int:
+    first = next(_tiles(sizes, strides, cell))
+    return cell * prod(min(size, part.stop) for size, part in zip(sizes, first, strict=True))
+
+
+def _tiles(sizes: Sequence[int], strides: Sequence[int], cell: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes that cover ``sizes`` in the order of memory, of ``TILE`` elements at most where a step holds ``cell``."""
+    order = sorted(range(len(sizes)), key=lambda dim: -strides[dim])
+    parts, rest = [], cell * prod(sizes)
     for dim in order:
-        rest //= input.shape[dim]
-        length = max(1, min(TILE // rest, input.shape[dim]))
-        parts.append([slice(start, start + length) for start in range(0, input.shape[dim], length)])
+        rest //= sizes[dim]
+        length = max(1, min(TILE // rest, sizes[dim]))
+        parts.append([slice(start, start + length) for start in range(0, sizes[dim], length)])
     for box in product(*parts):
         yield tuple(part for _, part in sorted(zip(order, box, strict=True), key=itemgetter(0)))

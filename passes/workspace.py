@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
-from fxstream.norm import channels_last, grouped, tile_elements
+from fxstream.norm import channels_last, moments_tile, scale_tile
 
 aten = torch.ops.aten
 
@@ -185,9 +185,8 @@ def group_norm(out: Tensor, input: Tensor, groups: int, weight: Tensor | None = 
 @workspace(torch.ops.fxstream.group_moments.default, anywhere=True)
 def group_moments(out: Tensor, input: Tensor, groups: int) -> int:
     """A tile's deviations, before them the tile in the type that it is accumulated in; channels' means and squares."""
-    values = grouped(input, groups)
-    tile = tile_elements(values, 2)
-    rows = 2 * tile // values.shape[-1] if channels_last(values) else 0
+    tile = moments_tile(input, groups)
+    rows = 2 * tile // input.shape[-1] if channels_last(input) else 0
     return out.element_size() * (tile * (1 if input.dtype == out.dtype else 2) + rows)
 
 
@@ -206,7 +205,7 @@ def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor |
     if bias is not None and bias.dtype != statistics.dtype:
         channels += bias.numel()
     if input.dtype != statistics.dtype:
-        channels += tile_elements(input, 1)
+        channels += scale_tile(input)
     return channels * statistics.element_size()
 
 

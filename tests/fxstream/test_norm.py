@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fxstream.norm import TILE, group_moments, group_scale, group_statistics, grouped, tile_elements
+from fxstream.norm import TILE, group_moments, group_scale, group_statistics, moments_tile, scale_tile
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
 
@@ -65,10 +65,10 @@ def test_nothing_of_the_inputs_size_is_made(dtype):
     x, weight, bias, _ = case((1, 32, 8, 128, 128), dtype)
     assert x.numel() > 8 * TILE
     moments = measure_peak(group_moments, x, GROUPS)
-    assert moments.peak_bytes <= 2 * tile_elements(grouped(x, GROUPS), 2) * 4 + 2 * moments.result.nbytes
+    assert moments.peak_bytes <= 2 * moments_tile(x, GROUPS) * 4 + 2 * moments.result.nbytes
     statistics = group_statistics(moments.result, 4 * 128, 1e-5)
     scaled = measure_peak(group_scale, x, statistics, weight, bias)
-    assert scaled.peak_bytes <= x.nbytes + tile_elements(x, 1) * 4 + 2**16
+    assert scaled.peak_bytes <= x.nbytes + scale_tile(x) * 4 + 2**16
 
 
 def test_fake_tensors_are_as_the_real():
