@@ -44,15 +44,16 @@ def evaluate(node: fx.Node) -> Any:
     What a call makes anew is told once for all calls that are alike; a view is taken of its own source.
     """
     args, kwargs = arguments(node)
-    assert callable(node.target)
-    mode, key = _alike(node.target, args, kwargs)
+    target = node.target
+    assert callable(target)
+    mode, key = _alike(target, args, kwargs)
     known = {} if mode is None else _KNOWN.setdefault(mode, {})
     if mode is not None and key in known:
         return fake_tensor(mode, *known[key])
-    value = node.target(*args, **kwargs)
-    if node.target in VIEWS and 1 in value.shape:
-        return _restrided(value, args[0], lambda meta: node.target(meta, *args[1:], **kwargs))
-    if node.target is aten.group_norm.default and 1 in value.shape and value.device.type == "cpu":
+    value = target(*args, **kwargs)
+    if target in VIEWS and 1 in value.shape:
+        return _restrided(value, args[0], lambda meta: target(meta, *args[1:], **kwargs))
+    if target is aten.group_norm.default and 1 in value.shape and value.device.type == "cpu":
         value = _restrided(value, args[0], _normed)
     if key is not None and type(value) is FakeTensor and _is_new(value, args, kwargs):
         known[key] = tuple(value.shape), value.stride(), value.dtype, value.device

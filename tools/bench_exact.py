@@ -79,7 +79,7 @@ def _in_float64(decode: Any, args: Sequence[torch.Tensor], kwargs: dict[str, Any
     exact = copy.deepcopy(decode.__self__)
     torch.nn.Module.to(exact, torch.float64)
     [frames] = exact.decode(*(value.double() for value in args), **kwargs)
-    return frames  # type: ignore[no-any-return]
+    return frames
 
 
 def _seam(size: int) -> str:
