@@ -48,15 +48,14 @@ class CostModel:
 
 CPU = CostModel(
     launch=20e-6,
-    rates=((24 << 20, 0.04e-9), (48 << 20, 0.05e-9)),
+    rates=((4 << 20, 0.04e-9), (48 << 20, 0.05e-9)),
     beyond=0.17e-9,
     flop=8e-12,
     slow_flop=8e-12,
     most_slices=64,
     least_traffic=8 << 20,
 )
-"""Measured on two cores with 2 MiB of L2 each and a large L3; past some 16 MiB a tensor is mapped afresh, and its pages
-fault."""
+"""Measured on two cores with 2 MiB of L2 each; past some 16 MiB a tensor is mapped afresh, and its pages fault."""
 
 CUDA = CostModel(
     launch=8e-6,
