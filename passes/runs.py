@@ -134,7 +134,7 @@ class _Scanner:
     def scan(self) -> Run | None:
         end = self.start
         for index in range(self.start, len(self.program)):
-            from_run = (self.largest.get(at, 0) for at in self._reads(index))
+            from_run = (self.largest.get(at, 0) for at in self.program.reads[index])
             self.largest[index] = max(self.program.value_bytes[index], *from_run, 0)
             if index != self.start and not self._take(index):
                 if any(at in self.slices for at in self._reads(index)):
