@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxstream.loop import Slice
-from fxstream.passes.layout import lies_within
+from fxstream.passes.layout import lies_behind, lies_within
 from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program
 from fxstream.passes.ranges import infer_ranges, stored_part
@@ -293,9 +293,9 @@ class _Sweep:
     def _overwrites(self, end: int) -> dict[int, fx.Node]:
         """Outputs that can be written over one of the group's dying inputs.
 
-        Legal where the input's storage was made by the graph, dies in the group, and every slice of the body reads of
-        it the bytes that the output's slice is written to, and none of another slice's. An input may be larger than
-        the output; it then lives as long.
+        Legal where the input's storage was made by the graph, dies in the group, and no slice of the body reads of it
+        the bytes that an earlier slice's output is written to. An input may be larger than the output; it then lives
+        as long, which is too long where the graph returns the output.
         """
         storages = self.program.liveness.storages
         free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
@@ -310,7 +310,12 @@ class _Sweep:
             if layout is None:
                 continue
             size = value.untyped_storage().nbytes()
-            fitting = [s for s, read in free.items() if storages[s].bytes >= size and lies_within(layout, read)]
+            returned = any(
+                storages[s].death >= len(self.program)
+                for s in self.program.liveness.of[self.program.values[index].node]
+            )
+            large = (s for s in free if storages[s].bytes == size or storages[s].bytes > size and not returned)
+            fitting = [s for s in large if lies_within(layout, free[s]) or lies_behind(layout, free[s])]
             if fitting:
                 storage = min(fitting, key=lambda s: storages[s].bytes)
                 found[index] = self.sources[storage]

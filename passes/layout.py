@@ -45,3 +45,14 @@ def lies_within(layout: Any, other: Any) -> bool:
     fits = all(sizes.get((stride, axis), 0) >= size for stride, size, axis in parts)
     axes = [[part for part in each if part[2]] for each in (parts, others)]
     return dtype == other_dtype and fits and axes[0] == axes[1]
+
+
+def lies_behind(layout: Any, other: Any) -> bool:
+    """Whether a slice of one layout touches no address that a later slice of the other does, offsets apart.
+
+    So it is, also where the two differ inside, for slices one after the other in memory and no longer than the other's.
+    """
+    (_, dtype, parts), (_, other_dtype, others) = layout, other
+    (step, extent, axis), (other_step, *other_axis) = parts[0], others[0]
+    inside = sum(stride * (size - 1) for stride, size, _ in parts[1:])
+    return dtype == other_dtype and axis and other_axis == [extent, axis] and inside < step <= other_step

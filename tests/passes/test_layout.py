@@ -9,7 +9,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from fxstream.loop import Slice
-from fxstream.passes.layout import lies_within, slice_layout
+from fxstream.passes.layout import lies_behind, lies_within, slice_layout
 
 ELEMENTS = 24
 
@@ -90,3 +90,25 @@ def test_half_the_channels_lie_within_all_of_them_by_rows_alone():
     assert not lies_within(slice_layout(whole, Slice(2, 6)), slice_layout(half, Slice(2, 6)))
     frames = torch.empty(2, 4, 6, 5), torch.empty(2, 8, 6, 5)
     assert not lies_within(*(slice_layout(each, Slice(0, 2)) for each in frames))
+
+
+@settings(max_examples=600, derandomize=True)
+@given(data=st.data(), extent=st.sampled_from([2, 3, 4]))
+def test_what_lies_behind_touches_nothing_of_later_slices(data, extent):
+    (first, one), (second, other) = data.draw(sliced(extent)), data.draw(sliced(extent))
+    layouts = slice_layout(first, one), slice_layout(second, other)
+    assume(first.storage_offset() == second.storage_offset() == 0)
+    event(f"behind: {lies_behind(*layouts)}")
+    if lies_behind(*layouts):
+        written, read = addresses(first, one), addresses(second, other)
+        assert not any(written[step] & read[later] for later in range(extent) for step in range(later))
+
+
+def test_half_the_channels_lie_behind_all_of_them_where_rows_follow_rows():
+    half = torch.empty(1, 4, 6, 5, memory_format=torch.channels_last)
+    whole = torch.empty(1, 8, 6, 5, memory_format=torch.channels_last)
+    rows = slice_layout(half, Slice(2, 6)), slice_layout(whole, Slice(2, 6))
+    assert lies_behind(*rows) and not lies_within(*rows)
+    assert not lies_behind(*reversed(rows))
+    columns = slice_layout(half, Slice(3, 5)), slice_layout(whole, Slice(3, 5))
+    assert not lies_behind(*columns)

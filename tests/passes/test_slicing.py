@@ -132,6 +132,31 @@ def test_a_value_may_be_read_sliced_and_whole():
     sliced.check()
 
 
+def test_fewer_channels_are_written_behind_what_was_read_of_more():
+    """Channels lie innermost: row by row the output takes half of what each slice read, from the storage's start on."""
+
+    def function(self, x):
+        h = x * 2
+        small = torch.nn.functional.conv2d(h, self.weight[:4, :8, None, None])
+        return small.relu().sum(2)
+
+    images = torch.randn(1, 8, 6, 5).to(memory_format=torch.channels_last)
+    sliced = Sliced(Call(function), (images,), "conv2d", Slice(2, 6), 4, end="relu")
+    assert sliced.over == [True]
+    sliced.check()
+
+
+def test_what_is_returned_holds_no_larger_storage():
+    def function(self, x):
+        h = x * 2
+        return h.exp() @ self.weight[:4].t()
+
+    sliced = Sliced(Call(function), (X,), "exp", FRAMES, 13)
+    assert sliced.over == [False]
+    [result] = sliced.check()
+    assert result.untyped_storage().nbytes() == result.nbytes
+
+
 def test_one_dying_input_is_given_to_one_output():
     def function(self, x):
         h = x * 2
