@@ -295,7 +295,7 @@ class _Sweep:
 
         Legal where the input's storage was made by the graph, dies in the group, and no slice of the body reads of it
         the bytes that an earlier slice's output is written to. An input may be larger than the output; it then lives
-        as long, which is too long where the graph returns the output.
+        as long, and is taken only where that raises memory nowhere above what the group holds without.
         """
         storages = self.program.liveness.storages
         free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
@@ -303,24 +303,35 @@ class _Sweep:
         if free and any(self.reach.values()):
             free = self._read_where_written(free, end)
         for index in self.outputs if free else ():
-            value = self.program.values[index].node.meta["val"]
+            node = self.program.values[index].node
+            value = node.meta["val"]
             if not isinstance(value, torch.Tensor):
                 continue
-            layout = self.program.layout(self.program.values[index].node, self.run.slices[index])
+            layout = self.program.layout(node, self.run.slices[index])
             if layout is None:
                 continue
             size = value.untyped_storage().nbytes()
-            returned = any(
-                storages[s].death >= len(self.program)
-                for s in self.program.liveness.of[self.program.values[index].node]
-            )
-            large = (s for s in free if storages[s].bytes == size or storages[s].bytes > size and not returned)
-            fitting = [s for s in large if lies_within(layout, free[s]) or lies_behind(layout, free[s])]
+            most = max(size, self._room(node, end))
+            fitting = [
+                storage
+                for storage, read in free.items()
+                if size <= storages[storage].bytes <= most and (lies_within(layout, read) or lies_behind(layout, read))
+            ]
             if fitting:
                 storage = min(fitting, key=lambda s: storages[s].bytes)
                 found[index] = self.sources[storage]
                 del free[storage]
         return found
+
+    def _room(self, node: fx.Node, end: int) -> int:
+        """Bytes that an output may hold, as long as it lives, without more being live than in the group."""
+        program = self.program
+        death = max(program.liveness.storages[storage].death for storage in program.liveness.of[node])
+        if death >= len(program):
+            return 0  # what is returned holds no more than it needs
+        size = bytes_of(node.meta["val"])
+        others = max(program.cut_bytes[end + 1 : death + 1], default=size) - size
+        return self.held + self.hoisted + size - others
 
     def _read_where_written(self, free: dict[int, Any], end: int) -> dict[int, Any]:
         """Those storages that slices read no further than what they store."""

@@ -1,8 +1,9 @@
 """Normalize: drop what a captured graph computes for nothing.
 
 Assertions, copies that change neither layout nor dtype, multiplication and division by one, pads of no width, dead
-code; and operators that read a tensor only for its dtype are put so that they don't. Every change leaves each remaining
-value as it was, to the bit and to the stride.
+code; operators that read a tensor only for its dtype are put so that they don't, and a batch norm of which only the
+first result is used as the operator that has no other. Every change leaves each remaining value as it was, to the bit
+and to the stride.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
         if node.op != "call_function":
             continue
         _forget_kind(node)
+        _forget_results(node)
         if _is_assertion(node):
             graph.erase_node(node)
         elif _is_identity(node) and not _must_be_another(node, returned, written):
@@ -54,6 +56,18 @@ def _forget_kind(node: fx.Node) -> None:
         base, part, *where = node.args
         if part.target is aten.copy.default and part.args[1].meta["val"].shape == part.meta["val"].shape:
             node.args = (base, part.args[1], *where)
+
+
+def _forget_results(node: fx.Node) -> None:
+    """Let a batch norm by running statistics return what it normalizes, and not the statistics it didn't take."""
+    batch_norm = node.target is aten._native_batch_norm_legit_no_training.default
+    if batch_norm and all(user.args[1] == 0 for user in node.users):
+        *operands, momentum, eps = node.args
+        node.target, node.args = aten.batch_norm.default, (*operands, False, momentum, eps, False)
+        node.meta["val"] = node.meta["val"][0]
+        for user in list(node.users):
+            user.replace_all_uses_with(node)
+            user.graph.erase_node(user)
 
 
 def _is_assertion(node: fx.Node) -> bool:

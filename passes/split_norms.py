@@ -1,13 +1,14 @@
-"""Split norms: a group norm over a large tensor as moments, statistics and a pointwise scale.
+"""Split norms: a norm over pixels of a large tensor as moments, statistics and a pointwise scale.
 
 Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
-parts can: moments are taken of each row, and the scale is pointwise. Where a plan leaves all the parts together after
-all, they are fused again, unless that would raise the graph's peak. Each part's ``meta["origin"]`` is the norm's name.
+parts can: moments are taken of each row, and the scale is pointwise. An instance norm is one with a group a channel.
+Where a plan leaves all the parts together after all, they are fused again, unless that would raise the graph's peak.
+Each part's ``meta["origin"]`` is the norm's name.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -23,40 +24,57 @@ aten, norm = torch.ops.aten, torch.ops.fxstream
 
 
 def split_norms(graph_module: fx.GraphModule, least: float) -> fx.GraphModule:
-    """A graph module whose group norms of at least ``least`` bytes are split; the same one where it has none.
+    """A graph module whose norms over pixels of at least ``least`` bytes are split; the same one where it has none.
 
     Only images and videos are: of an input (N, C, L) the moments would be no smaller than a good part of it.
     """
     source = graph_module.graph
-    large = [node for node in source.nodes if _is_large_norm(node, least)]
-    if not large:
+    found = {node: _norm_of(node) for node in source.nodes}
+    norms = {node: each for node, each in found.items() if each and bytes_of(node.meta["val"]) >= least}
+    if not norms:
         return graph_module
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     with torch.no_grad(), fake_mode_of(source):
         for node in source.nodes:
-            env[node] = _split(node, graph, env) if node in large else graph.node_copy(node, env.__getitem__)
+            split = norms.get(node)
+            env[node] = _split(node, split, graph, env) if split else graph.node_copy(node, env.__getitem__)
     return rebuilt(graph_module, graph, "Split")
 
 
-def _is_large_norm(node: fx.Node, least: float) -> bool:
-    return (
-        node.target is aten.group_norm.default
-        and node.meta["val"].dim() > 3
-        and node.meta["val"].is_floating_point()
-        and bytes_of(node.meta["val"]) >= least
-    )
+class Norm(NamedTuple):
+    """A norm over groups of channels and all pixels."""
+
+    input: fx.Node
+    groups: int
+    weight: fx.Node | None
+    bias: fx.Node | None
+    eps: float
 
 
-def _split(node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    names = ("input", "num_groups", "weight", "bias", "eps")
+def _norm_of(node: fx.Node) -> Norm | None:
+    """A node's norm; None where it is none, takes running statistics, or where no image or video is normalized."""
+    if node.target not in (aten.group_norm.default, aten.instance_norm.default):
+        return None
+    value = node.meta["val"]
+    if value.dim() <= 3 or not value.is_floating_point():
+        return None
+    names = (argument.name for argument in node.target._schema.arguments)
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    value, groups = node.meta["val"], given["num_groups"]
-    weight, bias = (None if given.get(name) is None else env[given[name]] for name in ("weight", "bias"))
-    input = env[given["input"]]
-    count = value.shape[1] // groups * value.shape[-1]
-    moments = _call(node, graph, "moments", norm.group_moments.default, input, groups)
-    statistics = _call(node, graph, "statistics", norm.group_statistics.default, moments, count, given.get("eps", 1e-5))
+    found = Norm(given["input"], value.shape[1], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+    if node.target is aten.group_norm.default:
+        return found._replace(groups=given["num_groups"])
+    kept = value.stride() == found.input.meta["val"].stride()  # where not, the norm puts channels first
+    return found if given["use_input_stats"] and kept else None
+
+
+def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    value = node.meta["val"]
+    input = env[found.input]
+    weight, bias = (None if each is None else env[each] for each in (found.weight, found.bias))
+    count = value.shape[1] // found.groups * value.shape[-1]
+    moments = _call(node, graph, "moments", norm.group_moments.default, input, found.groups)
+    statistics = _call(node, graph, "statistics", norm.group_statistics.default, moments, count, found.eps)
     scale = _call(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
     scale.meta["val"] = value  # of the same layout, and what the views of it lie in
     return scale

@@ -1,7 +1,7 @@
 """The benchmark: peak memory, time and equality of a video UNet and a video decoder on the CPU, run in several ways.
 
-One process; every round runs each way once, and a way's time is the median over rounds of its ratio to eager in the
-same round, so that a machine that slows down slows all of them. Peaks come from runs of their own.
+Each way has a process of its own; every round runs each way once, and a way's time is the median over rounds of its
+ratio to eager in the same round. Peaks come from runs of their own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,22 +23,24 @@ from fxstream.passes.liveness import profile
 from fxstream.passes.normalize import normalize
 from fxstream.tools import catalogue
 from fxstream.tools.measure import measure_peak
+from fxstream.tools.turns import Turn, take_turns
 
 MIB = 2**20
 BUDGETS = (0.75, 0.5, "min")
 
 
-@dataclass
-class Variant:
-    """One way to run the model: ``run`` takes its inputs, within ``setting``."""
+EAGER, CAPTURED = "eager", "captured graph"
+STREAMED = {f"fxstream, {budget}": budget for budget in BUDGETS}
+CHUNKED = {f"forward chunking, dim {dim}": dim for dim in (0, 1)}
 
-    name: str
-    run: Callable[..., Any]
-    predicted_bytes: int | None = None
-    setting: Callable[[], AbstractContextManager[None]] = nullcontext
-    peak_bytes: int = 0
-    relative_l2: float = 0.0
-    seconds: list[float] = field(default_factory=list)
+
+@dataclass
+class Facts:
+    """Of one way: its peak, what was predicted of it if anything was, and its result."""
+
+    peak_bytes: int
+    predicted_bytes: int | None
+    result: Any
 
 
 def main() -> None:
@@ -54,25 +52,36 @@ def main() -> None:
     torch.set_grad_enabled(False)
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in [options.model] if options.model else ["unet", "decoder"]:
-        model, args, kwargs = unet(options.quick) if name == "unet" else _decoder(options.quick)
+        model, args, _ = unet(options.quick) if name == "unet" else _decoder(options.quick)
         module = getattr(model, "__self__", model)
         shape = " x ".join(map(str, args[0].shape))
         widths = module.config.block_out_channels
         print(f"\n{type(module).__name__} {widths}, latents {shape}, float32, {options.rounds} rounds\n")
-        print(_bench(model, args, kwargs, options.rounds))
+        chunked = CHUNKED if hasattr(model, "enable_forward_chunking") else ()
+        names = [EAGER, CAPTURED, *STREAMED, *chunked]
+        print(_table(take_turns(partial(_prepare, name, options.quick), names, options.rounds)))
 
 
-def _bench(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int) -> str:
-    variants = list(_variants(model, args, kwargs))
-    _measure(variants, args, kwargs)
-    for number in range(rounds):
-        _say(f"round {number + 1} of {rounds}")
-        for variant in variants:
-            with variant.setting():
-                began = time.perf_counter()
-                variant.run(*args, **kwargs)
-                variant.seconds.append(time.perf_counter() - began)
-    return _table(variants)
+def _prepare(model_name: str, quick: bool, way: str) -> tuple[Callable[[], Any], Facts]:
+    torch.set_grad_enabled(False)
+    model, args, kwargs = unet(quick) if model_name == "unet" else _decoder(quick)
+    predicted_bytes, run = None, model
+    if way == CAPTURED:
+        captured = capture(model, args, kwargs)
+        graph_module = normalize(captured.graph_module)
+        predicted_bytes = profile(graph_module).peak_bytes
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return captured.result(graph_module(*Inputs.of(args, kwargs).tensors))
+
+    elif way in STREAMED:
+        run = fxstream.optimize(model, STREAMED[way], args, kwargs)
+        predicted_bytes = run.plans[0].after.peak_bytes
+    elif way in CHUNKED:
+        model.enable_forward_chunking(chunk_size=1, dim=CHUNKED[way])  # diffusers' own way to save memory
+    measured = measure_peak(run, *args, **kwargs)
+    [result] = measured.result
+    return partial(run, *args, **kwargs), Facts(measured.peak_bytes, predicted_bytes, result.numpy())
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -92,67 +101,29 @@ def unet(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 def _decoder(quick: bool) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """A decoder of Stable Video Diffusion's structure; in full, some 5 s a call on two cores."""
-    if quick:
-        return catalogue.small("svd-vae", frames=4, batch=1)
     widths = {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2}
     entry = replace(catalogue.SVD_VAE, small=widths)
-    return catalogue.small(entry, frames=8, height=24, width=32, batch=1)
+    height, width = (8, 8) if quick else (24, 32)
+    return catalogue.small(entry, frames=8, height=height, width=width, batch=1)
 
 
-def _variants(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Variant]:
-    yield Variant("eager", model)
-    _say("capturing")
-    captured = capture(model, args, kwargs)
-    graph_module = normalize(captured.graph_module)
-
-    def run_graph(*args: Any, **kwargs: Any) -> Any:
-        return captured.result(graph_module(*Inputs.of(args, kwargs).tensors))
-
-    yield Variant("captured graph", run_graph, profile(graph_module).peak_bytes)
-    for budget in BUDGETS:
-        _say(f"planning for {budget}")
-        streamed = fxstream.optimize(model, budget, args, kwargs)
-        yield Variant(f"fxstream, {budget}", streamed, streamed.plans[0].after.peak_bytes)
-    for dim in (0, 1) if hasattr(model, "enable_forward_chunking") else ():
-        yield Variant(f"forward chunking, dim {dim}", model, setting=partial(_forward_chunking, model, dim))
-
-
-@contextmanager
-def _forward_chunking(model: Any, dim: int) -> Iterator[None]:
-    """Diffusers' own way to save memory: feed-forward layers run in chunks of one frame (dim 0) or token (dim 1)."""
-    blocks = [module for module in model.modules() if hasattr(module, "set_chunk_feed_forward")]
-    settings = [(block._chunk_size, block._chunk_dim) for block in blocks]
-    model.enable_forward_chunking(chunk_size=1, dim=dim)
-    try:
-        yield
-    finally:  # not every model has disable_forward_chunking
-        for block, (size, axis) in zip(blocks, settings, strict=True):
-            block._chunk_size, block._chunk_dim = size, axis
-
-
-def _measure(variants: list[Variant], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Peaks and results; also each way's first run, which is not timed."""
-    reference = None
-    for variant in variants:
-        _say(f"measuring {variant.name}")
-        with variant.setting():
-            measured = measure_peak(variant.run, *args, **kwargs)
-        (result,) = measured.result
-        reference = result if reference is None else reference
-        variant.peak_bytes, variant.relative_l2 = measured.peak_bytes, relative_l2(result, reference)
-
-
-def _table(variants: list[Variant]) -> str:
-    eager = variants[0]
+def _table(turns: dict[str, Turn]) -> str:
+    eager = turns[EAGER]
     rows = []
-    for variant in variants:
-        ratio = statistics.median(a / b for a, b in zip(variant.seconds, eager.seconds, strict=True))
-        predicted = "" if variant.predicted_bytes is None else f"{variant.predicted_bytes / MIB:.2f}"
-        seconds = statistics.median(variant.seconds)
-        share = f"{variant.peak_bytes / eager.peak_bytes:.0%}"
-        peak = f"{variant.peak_bytes / MIB:.2f}"
+    for name, turn in turns.items():
+        facts = turn.facts
+        predicted = "" if facts.predicted_bytes is None else f"{facts.predicted_bytes / MIB:.2f}"
+        distance = relative_l2(torch.from_numpy(facts.result), torch.from_numpy(eager.facts.result))
         rows.append(
-            [variant.name, peak, predicted, share, f"{seconds:.2f}", f"{ratio:.2f}", f"{variant.relative_l2:.1e}"]
+            [
+                name,
+                f"{facts.peak_bytes / MIB:.2f}",
+                predicted,
+                f"{facts.peak_bytes / eager.facts.peak_bytes:.0%}",
+                f"{turn.median:.2f}",
+                f"{turn.over(eager):.2f}",
+                f"{distance:.1e}",
+            ]
         )
     headers = ["", "peak MiB", "predicted MiB", "of eager", "seconds", "time over eager", "relative L2"]
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6))
@@ -166,10 +137,6 @@ def processor() -> str:
         return names[0]
     except (OSError, IndexError):
         return platform.machine()
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

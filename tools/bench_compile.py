@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +21,12 @@ import fxstream
 from fxstream.tools import catalogue
 from fxstream.tools.bench import MIB, processor, relative_l2, unet
 from fxstream.tools.measure import measure_peak
+from fxstream.tools.turns import Turn, take_turns
 
 BUDGET = 0.5
 """Of the captured graph's peak."""
 
 ALONE = "torch.compile alone"
-
-AGAIN, ENOUGH = "again", "enough"
-"""Requests to a way's process."""
 
 
 def _backend(model: Callable[..., Any], budget: Any) -> Any:
@@ -58,46 +53,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each way (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a small model, to see that all of it works")
     options = parser.parse_args()
-    context = get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    found: dict[str, dict[str, float]] = {}
-    for name in WAYS:
-        print(name, file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            pipes[name], other = context.Pipe()
-            context.Process(target=_serve, args=(name, options.quick, other), daemon=True).start()
-            found[name] = pipes[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    for number in range(options.rounds):
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-        for name, pipe in pipes.items():
-            pipe.send(AGAIN)
-            seconds[name].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(ENOUGH)
+    turns = take_turns(partial(_prepare, options.quick), list(WAYS), options.rounds)
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(_table(found, seconds))
+    print(_table(turns))
 
 
-def _serve(name: str, quick: bool, pipe: Connection) -> None:
-    """Compile and measure one way, then time a run for each request."""
+def _prepare(quick: bool, name: str) -> tuple[Callable[[], Any], dict[str, float]]:
+    """One way, compiled with an empty cache and measured."""
     torch.set_grad_enabled(False)
     model, args, kwargs = _model(quick)
     [reference] = model(*args, **kwargs)
-    torch.compile(torch.sin)(torch.zeros(2))  # what a compiler does once in a process
-    began = time.perf_counter()
-    run = WAYS[name](model, BUDGET)
-    run(*args, **kwargs)
-    first = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        torch.compile(torch.sin)(torch.zeros(2))  # what a compiler does once in a process
+        began = time.perf_counter()
+        run = WAYS[name](model, BUDGET)
+        run(*args, **kwargs)
+        first = time.perf_counter() - began
     measured = measure_peak(run, *args, **kwargs)
     [result] = measured.result
-    distance = relative_l2(result, reference)
-    pipe.send({"first": first, "peak": measured.peak_bytes, "distance": distance, "predicted": _predicted(run)})
-    while pipe.recv() == AGAIN:
-        began = time.perf_counter()
-        run(*args, **kwargs)
-        pipe.send(time.perf_counter() - began)
+    facts = {"first": first, "peak": measured.peak_bytes, "distance": relative_l2(result, reference)}
+    return partial(run, *args, **kwargs), facts | {"predicted": _predicted(run)}
 
 
 def _predicted(run: Any) -> float:
@@ -111,20 +87,20 @@ def _model(quick: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return catalogue.small(catalogue.shallow("svd-unet"), frames=4, height=16, width=16, batch=1)
 
 
-def _table(found: dict[str, dict[str, float]], seconds: dict[str, list[float]]) -> str:
-    alone = found[ALONE]
+def _table(turns: dict[str, Turn]) -> str:
+    alone = turns[ALONE]
     rows = []
-    for name, way in found.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[ALONE], strict=True))
+    for name, turn in turns.items():
+        way = turn.facts
         rows.append(
             [
                 name,
                 f"{way['first']:.0f}",
-                f"{statistics.median(seconds[name]):.2f}",
-                f"{ratio:.2f}",
+                f"{turn.median:.2f}",
+                f"{turn.over(alone):.2f}",
                 f"{way['peak'] / MIB:.2f}",
                 f"{way['predicted'] / MIB:.2f}" if way["predicted"] else "",
-                f"{way['peak'] / alone['peak']:.0%}",
+                f"{way['peak'] / alone.facts['peak']:.0%}",
                 f"{way['distance']:.1e}",
             ]
         )

@@ -455,9 +455,9 @@ TWO_LEVELS: dict[str, dict[str, Any]] = {
 
 
 def shallow(name: str) -> Entry:
-    """The model of that name with two levels where it is small."""
+    """The model of that name with two levels where it is small, if it has levels at all."""
     entry = _entry(name)
-    return replace(entry, small={**entry.small, **TWO_LEVELS[name]})
+    return replace(entry, small={**entry.small, **TWO_LEVELS.get(name, {})})
 
 
 def build(

@@ -172,6 +172,14 @@ def test_no_tensor_is_held_for_its_kind_alone(name):
     assert operators_before.isdisjoint(kept(function, X))
 
 
+def test_a_batch_norm_by_running_statistics_returns_one_value():
+    """One that can be cut along pixels."""
+    norm = nn.BatchNorm2d(6)
+    norm.running_mean.uniform_()
+    norm.running_var.uniform_(0.5, 2)
+    assert kept(None, X, model=norm) == ["aten.batch_norm.default"]
+
+
 def test_dropout_in_training_stays():
     captured = capture(Call(lambda m, x: nn.functional.dropout(x, 0.5, m.training) + 1).train(), (X,))
     assert "aten.native_dropout.default" in operators(normalize(captured.graph_module))

@@ -52,6 +52,33 @@ def test_small_norms_and_norms_of_tokens_stay():
     assert split_norms(tokens, 1) is tokens
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_instance_norm_has_a_group_a_channel(affine):
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.InstanceNorm2d(16, affine=affine), nn.SiLU())
+    model.eval().requires_grad_(False)
+    x = torch.randn(2, 4, 24, 24)
+    graph_module = normalize(capture(model, (x,)).graph_module)
+    split = split_norms(graph_module, 1)
+    assert norm.group_scale.default in targets(split)
+    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    fuse_norms(split)
+    assert aten.group_norm.default in targets(split)
+    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    last = x.to(memory_format=torch.channels_last)
+    moved = normalize(capture(model[1], (torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last),)).graph_module)
+    assert split_norms(moved, 1) is moved
+    streamed = fxstream.optimize(model, "min", (last,))
+    with torch.no_grad():
+        result, expected = streamed(last), model(last)
+    assert result.stride() == expected.stride() and relative_l2(result, expected) <= 1e-6
+
+
+def test_running_statistics_need_no_moments():
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.InstanceNorm2d(16, track_running_stats=True), nn.SiLU())
+    graph_module = normalize(capture(model.eval(), (torch.randn(2, 4, 24, 24),)).graph_module)
+    assert split_norms(graph_module, 1) is graph_module
+
+
 def test_parts_that_are_together_are_fused():
     graph_module, x = captured()
     split = split_norms(graph_module, 1)
