@@ -20,6 +20,9 @@ from fxstream.errors import GradientError, MemoryBudgetError
 from fxstream.passes.capture import FRAME, Captured, capture
 from fxstream.report import Plan
 
+_DATA = torch._C._autograd._get_data_attr
+"""What Dynamo makes of ``tensor.data``."""
+
 WEIGHT = "lifted_weight_"
 """Begins the names of the weights that Dynamo passes as inputs, before their places among these."""
 
@@ -108,6 +111,10 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         return self.numbers[n] if n in self.numbers else super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What is written to ``tensor.data`` is written to the tensor, as a capture sees it of ``tensor.detach()``."""
+        return args[0].detach() if target is _DATA else super().call_function(target, args, kwargs)
 
 
 def _is_weight(placeholder: fx.Node) -> bool:

@@ -71,6 +71,7 @@ class Grouping:
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
         self._options: dict[Candidate, list[Option]] = {}
         self._fixed: set[Group] = set()
+        self._beyond: list[int] = []
         for candidate in candidates:
             self._by_end[candidate.end].append(candidate)
             self._weigh(candidate)
@@ -86,11 +87,11 @@ class Grouping:
     def _lowest(self, peak_bytes: Callable[[Candidate], float]) -> float:
         best = [0.0]
         for end, live in enumerate(self.program.live_bytes):
-            lowest = max(best[end], live)
+            lowest = max(best[end], live + self._held(end, end))
             for candidate in self._by_end[end]:
                 before = best[candidate.start]
                 if before < lowest:
-                    lowest = min(lowest, max(before, peak_bytes(candidate)))
+                    lowest = min(lowest, max(before, peak_bytes(candidate) + self._held(candidate.start, end)))
             best.append(lowest)
         return best[-1]
 
@@ -99,10 +100,11 @@ class Grouping:
         paths = nx.DiGraph()
         for end, live in enumerate(self.program.live_bytes):
             segments: dict[int, tuple[float, Group | None]] = {}
-            if live <= budget:
+            if live + self._held(end, end) <= budget:
                 segments[end] = (self._single[end], None)
             for candidate in self._by_end[end]:
-                option = next((o for o in self._options[candidate] if o.peak_bytes <= budget), None)
+                left = budget - self._held(candidate.start, end)
+                option = next((o for o in self._options[candidate] if o.peak_bytes <= left), None)
                 known = segments.get(candidate.start)
                 if option is not None and (known is None or option.seconds < known[0]):
                     segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
@@ -120,6 +122,24 @@ class Grouping:
         if group not in self._fixed:
             group.candidate.measured[length] = body_bytes
             self._weigh(group.candidate)
+
+    def hold_larger(self, groups: Iterable[Group]) -> bool:
+        """Count what these groups' outputs hold beyond their size, in larger inputs; False where that is counted."""
+        storages, of = self.program.liveness.storages, self.program.liveness.of
+        beyond, taken = [0] * len(self.program), dict[int, int]()
+        for group in groups:
+            for index, source in group.candidate.over.items():
+                outputs = [storages[storage] for storage in of[self.program.values[index].node]]
+                held = max(taken.get(storage, storages[storage].bytes) for storage in of[source])
+                taken |= dict.fromkeys(of[self.program.values[index].node], held)
+                for at in range(group.end + 1, min(max(o.death for o in outputs) + 1, len(beyond))):
+                    beyond[at] += held - sum(output.bytes for output in outputs)
+        known, self._beyond = self._beyond, beyond if any(beyond) else []
+        return known != self._beyond
+
+    def _held(self, start: int, end: int) -> int:
+        """Bytes that outputs of groups hold beyond their size at one of these positions."""
+        return max(self._beyond[start : end + 1], default=0)
 
     def avoid_larger(self, group: Group) -> None:
         """Let a group write over no input that is larger than its output: what the input holds more lives on."""

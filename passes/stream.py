@@ -287,8 +287,9 @@ def _chosen(
             best = found
         if found.after.peak_bytes <= target:
             break
-        for group in groups:
-            grouping.avoid_larger(group)
+        if not grouping.hold_larger(groups):
+            for group in groups:
+                grouping.avoid_larger(group)
     assert best is not None
     return best
 

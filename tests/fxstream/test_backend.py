@@ -109,6 +109,20 @@ def test_a_pipelines_second_generation_compiles_nothing(around):
 
 
 @pytest.mark.parametrize("around", [False, True])
+def test_what_is_written_to_data_is_seen(around):
+    class Placed(TokenFeedForward):
+        def forward(self, x):
+            places = x.new_zeros(x.shape)
+            places.data[:, :4].copy_(x[:, :4].exp())
+            return super().forward(x + places)
+
+    model, x = Placed(16), torch.randn(7, 32, 16)
+    streamed = torch.compile(fxstream.optimize(model, "min"), backend="eager", fullgraph=True)
+    function = streamed if around else compiled(model)
+    assert torch.allclose(function(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("around", [False, True])
 def test_a_number_that_changes(around):
     """Dynamo makes a number that it has seen change a symbol, in a tensor."""
 
