@@ -1,7 +1,7 @@
 """Slicing: rewrite each chosen group into one ``SlicedLoop`` node.
 
 What does not depend on the slice is hoisted before the loop. The loop's outputs are the storages that outlive it, each
-preallocated, or written over an input that dies in the loop where the two lie at the same addresses slice by slice.
+preallocated, or written over an input that dies in the loop where no later slice reads what a slice writes.
 Views that outlive the loop are taken again of the whole outputs, after it.
 """
 
