@@ -28,6 +28,9 @@ MOST_CUTS = 8
 LONGEST_HILL = 100
 """Nodes of a hill, at most: the edges of longer ones are among the cuts with the fewest bytes."""
 
+BETWEEN = 8
+"""Slices of one step, in the middle of an axis, for which it is seen what they read: windows may be aligned to more."""
+
 LEAST_HILL = 0.02
 """A hill rises above its edges by at least this share of the peak."""
 
@@ -300,7 +303,7 @@ class _Sweep:
         storages = self.program.liveness.storages
         free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
         found: dict[int, fx.Node] = {}
-        if free and any(self.reach.values()):
+        if free and any(self.run.cuts[index].halo is not None for index in self.reach):
             free = self._read_where_written(free, end)
         for index in self.outputs if free else ():
             node = self.program.values[index].node
@@ -334,18 +337,19 @@ class _Sweep:
         return self.held + self.hoisted + size - others
 
     def _read_where_written(self, free: dict[int, Any], end: int) -> dict[int, Any]:
-        """Those storages that slices read no further than what they store."""
+        """Those storages that slices read no further than what they store, be it at a border or between."""
         body = [index for index in range(self.start, end + 1) if index in self.run.slices]
-        middle = self.run.extent // 2
-        part = (middle, middle + 1)
-        ranges = infer_ranges(self.program, self.run, body, list(self.outputs), part)
-        far = {
-            storage
-            for (node, piece), span in ranges.read.items()
-            for storage in self.program.liveness.of.get(node, ())
-            if piece is None or span != stored_part(piece, self.run.extent, part)
-        }
-        return {storage: layout for storage, layout in free.items() if storage not in far}
+        extent, middle = self.run.extent, self.run.extent // 2
+        for start in {0, *range(middle, min(middle + BETWEEN, extent)), extent - 1}:
+            part = (start, start + 1)
+            ranges = infer_ranges(self.program, self.run, body, list(self.outputs), part)
+            for (node, piece), span in ranges.read.items():
+                if piece is None or span != stored_part(piece, extent, part):
+                    for storage in self.program.liveness.of.get(node, ()):
+                        free.pop(storage, None)
+            if not free:
+                break
+        return free
 
 
 def _contiguous_bytes(value: torch.Tensor, piece: Slice) -> int:

@@ -146,6 +146,21 @@ def test_fewer_channels_are_written_behind_what_was_read_of_more():
     sliced.check()
 
 
+@pytest.mark.parametrize("shift", [1, -1])
+def test_what_the_next_slice_reads_is_not_written_over(shift):
+    """Each slice reads as many steps as it stores, from one before on or to one behind."""
+
+    def function(self, x):
+        h = (x * 2).view(26, 4, 8)
+        if shift > 0:
+            return torch.nn.functional.pad(h, (0, 0, 0, 0, 1, 0))[:-1].exp().sin().softmax(0)
+        return torch.nn.functional.pad(h, (0, 0, 0, 0, 0, 1))[1:].exp().sin().softmax(0)
+
+    sliced = Sliced(Call(function), (X,), "view", FRAMES, 9, end="sin")
+    assert sliced.over == [False]
+    sliced.check()
+
+
 def test_what_is_returned_holds_no_larger_storage():
     def function(self, x):
         h = x * 2
