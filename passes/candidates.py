@@ -303,7 +303,7 @@ class _Sweep:
         storages = self.program.liveness.storages
         free = {s: layout for s, layout in self.reads.items() if layout is not None and storages[s].death <= end}
         found: dict[int, fx.Node] = {}
-        if free and any(self.run.cuts[index].halo is not None for index in self.reach):
+        if free and self.run.windowed:
             free = self._read_where_written(free, end)
         for index in self.outputs if free else ():
             node = self.program.values[index].node

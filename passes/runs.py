@@ -52,6 +52,11 @@ class Run:
         """Whether some node reads beyond its own slice."""
         return any(cut.reach > 0 for cut in self.cuts.values())
 
+    @cached_property
+    def windowed(self) -> bool:
+        """Whether some node may read other steps than those of its slice."""
+        return any(cut.halo is not None for cut in self.cuts.values())
+
 
 def find_runs(program: Program, hot: Iterable[int]) -> list[Run]:
     """The runs that begin at, or hold, the positions ``hot``, each with at least two sliced operators."""

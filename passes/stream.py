@@ -230,7 +230,7 @@ def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
     through = [run for run in runs if len(run.slices) >= OUTER_SHARE * len(program)]
     runs = [run for run in through if run.extent <= most]
     found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
-    alone = [candidate for candidate in found if not candidate.halo]
+    alone = [candidate for candidate in found if not candidate.run.windowed]  # all slices have one body
     return min(alone, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
 
 

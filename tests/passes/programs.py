@@ -114,6 +114,18 @@ class Pyramid(nn.Module):
         return x + self.up(F.interpolate(self.down(x), scale_factor=2.0, mode="nearest"))
 
 
+class Shift(nn.Module):
+    """Rows that move down by one, as causal padding moves frames: a slice reads others than it stores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(CHANNELS, 4 * CHANNELS, 1), nn.Conv2d(4 * CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        moved = F.pad(F.silu(self.wide(x)), (0, 0, 1, 0))[..., :-1, :]
+        return x + self.narrow(F.silu(moved))
+
+
 class Shuffle(nn.Module):
     """An operator that reorders frames, which no axis through them survives."""
 
@@ -129,6 +141,7 @@ BLOCKS = {
     "feedforward": FeedForward,
     "skip": Skip,
     "pyramid": Pyramid,
+    "shift": Shift,
     "shuffle": Shuffle,
 }
 
