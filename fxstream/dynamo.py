@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import no_python_dispatcher
 from torch._guards import CompileContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.traceback import preserve_node_meta
@@ -53,7 +54,7 @@ def plan_graph(
     began = time.perf_counter()
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _disable_current_modes():
+    with _disable_current_modes(), no_python_dispatcher():  # whose strides are not always those of a real view
         examples = [_static(x, fake) for x in inputs]
         with tracing(None):  # what is captured has no part in what Dynamo guards
             captured = capture(_Interpreted(graph_module, numbers(graph_module, inputs)), examples)

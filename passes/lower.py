@@ -26,14 +26,23 @@ GraphCompiler = Callable[[fx.GraphModule], Callable[..., Any]]
 
 
 class CompiledPart(nn.Module):
-    """A graph, compiled."""
+    """A graph, compiled; what it returns is laid out as planned, which is what other parts were compiled for."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, run: Callable[..., Any], values: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.run = run
+        self.layouts = [(value.shape, value.stride()) for value in values]
 
     def forward(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        return self.run(*tensors)
+        results = self.run(*tensors)
+        return [_laid_out(result, *layout) for result, layout in zip(results, self.layouts, strict=True)]
+
+
+def _laid_out(tensor: torch.Tensor, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """The tensor with these strides, copied where it has to be; Inductor takes liberties where a size is one."""
+    if all(size == 1 or a == b for size, a, b in zip(shape, tensor.stride(), strides, strict=True)):
+        return tensor if tensor.stride() == strides else tensor.as_strided(shape, strides)
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 _PARTS: WeakValueDictionary[str, CompiledPart] = WeakValueDictionary()
@@ -85,7 +94,9 @@ class Lowering:
         key = f"{self.compiler} {identity(graph_module)}"
         part = _PARTS.get(key)
         if part is None:
-            part = _PARTS[key] = CompiledPart(self.compile_graph(graph_module))
+            results: Any = graph_module.graph.output_node().args[0]
+            values = [node.meta["val"] for node in results]
+            part = _PARTS[key] = CompiledPart(self.compile_graph(graph_module), values)
         return part
 
     def _emit(

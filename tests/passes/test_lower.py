@@ -114,3 +114,20 @@ def test_identity_is_of_what_is_computed_alone():
     for node in renamed.graph.nodes:
         node.name = f"other_{node.name}"
     assert identity(renamed) == of(Scaled(2.0), x, y)
+
+
+def test_what_a_compiled_part_returns_is_laid_out_as_planned():
+    """For that the parts after it were compiled."""
+
+    def otherwise(graph_module):
+        def run(*tensors):
+            results = graph_module(*tensors)
+            return [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in results]
+
+        return run
+
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Sigmoid()).requires_grad_(False), torch.randn(2, 4, 9, 9)
+    lowered = Lowering("otherwise", otherwise).lower(streamed(model, x))
+    [result], expected = lowered(x), model(x)
+    assert result.stride() == expected.stride()
+    torch.testing.assert_close(result, expected)
