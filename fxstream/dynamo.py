@@ -21,7 +21,7 @@ from fxstream.errors import GradientError, MemoryBudgetError
 from fxstream.passes.capture import FRAME, Captured, capture
 from fxstream.report import Plan
 
-_DATA = torch._C._autograd._get_data_attr
+_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 """What Dynamo makes of ``tensor.data``."""
 
 WEIGHT = "lifted_weight_"
