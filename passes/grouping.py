@@ -129,11 +129,12 @@ class Grouping:
         beyond, taken = [0] * len(self.program), dict[int, int]()
         for group in groups:
             for index, source in group.candidate.over.items():
-                outputs = [storages[storage] for storage in of[self.program.values[index].node]]
+                made = of[self.program.values[index].node]
                 held = max(taken.get(storage, storages[storage].bytes) for storage in of[source])
-                taken |= dict.fromkeys(of[self.program.values[index].node], held)
-                for at in range(group.end + 1, min(max(o.death for o in outputs) + 1, len(beyond))):
-                    beyond[at] += held - sum(output.bytes for output in outputs)
+                taken |= dict.fromkeys(made, held)
+                death = max(storages[storage].death for storage in made)
+                for at in range(group.end + 1, min(death + 1, len(beyond))):
+                    beyond[at] += held - sum(storages[storage].bytes for storage in made)
         known, self._beyond = self._beyond, beyond if any(beyond) else []
         return known != self._beyond
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxstream.norm import group_moments, group_scale, group_statistics  # noqa: F401  (registers the operators)
+from fxstream.passes.axes import Call
 from fxstream.passes.capture import rebuilt
 from fxstream.passes.liveness import analyze, bytes_of
 from fxstream.passes.normalize import is_impure
@@ -59,9 +60,8 @@ def _norm_of(node: fx.Node) -> Norm | None:
     value = node.meta["val"]
     if value.dim() <= 3 or not value.is_floating_point():
         return None
-    names = (argument.name for argument in node.target._schema.arguments)
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    found = Norm(given["input"], value.shape[1], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+    given = Call(node.target, node.args, node.kwargs, value).arguments
+    found = Norm(given["input"], value.shape[1], given["weight"], given["bias"], given["eps"])
     if node.target is aten.group_norm.default:
         return found._replace(groups=given["num_groups"])
     kept = value.stride() == found.input.meta["val"].stride()  # where not, the norm puts channels first

@@ -34,6 +34,7 @@ from fxstream.tools import catalogue
 from fxstream.tools.bench import MIB, processor, relative_l2
 from fxstream.tools.generation import generate, load, noise_schedule
 from fxstream.tools.measure import measure_peak
+from fxstream.tools.turns import median_ratio
 
 GIGA = 1e9
 BATCH = 4
@@ -60,7 +61,7 @@ class Way:
 
     def times_faster(self, than: Way) -> float:
         """The median over rounds."""
-        return statistics.median(a / b for a, b in zip(than.seconds, self.seconds, strict=True))
+        return median_ratio(than.seconds, self.seconds)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from fxstream.tools.inspection import check_real, planned
 from fxstream.tools.measure import measure_peak
 from fxstream.tools.progress import progress
 from fxstream.tools.targets import Size, Target, load
+from fxstream.tools.turns import median_ratio
 
 MOST_FRAMES, MOST_PIXELS = 1024, 8192
 """The largest sizes that are tried."""
@@ -273,7 +274,7 @@ def _measured(target: Target, graph_modules: Sequence[fx.GraphModule], quiet: bo
         number: {
             "measured_bytes": peak,
             "measured_seconds": statistics.median(times),
-            "measured_ratio": statistics.median(a / b for a, b in zip(times, seconds[-1], strict=True)),
+            "measured_ratio": median_ratio(times, seconds[-1]),
         }
         for number, (peak, times) in enumerate(zip(peaks, seconds, strict=True))
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -35,7 +35,12 @@ class Turn:
 
     def over(self, other: Turn) -> float:
         """The median over rounds of its time over another's."""
-        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+        return median_ratio(self.seconds, other.seconds)
+
+
+def median_ratio(seconds: Iterable[float], others: Iterable[float]) -> float:
+    """The median over rounds of one way's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def take_turns(prepare: Prepare, names: Sequence[str], rounds: int) -> dict[str, Turn]:
