@@ -73,8 +73,9 @@ class StreamedModule(nn.Module):
     and set there; to ``isinstance`` it is of the model's class too.
 
     A call whose shapes, strides, dtypes, devices or Python arguments were not seen before is planned, and the plan kept
-    beside the others. So is a call after the model itself has changed: a submodule, a hook, an attribute, the dtype or
-    device of a weight. A weight changed in place needs no new plan.
+    beside the others; so is a call with other values in a tensor that the model makes shapes or numbers of, such as a
+    prompt's mask that it drops padding by. So is a call after the model itself has changed: a submodule, a hook, an
+    attribute, the dtype or device of a weight. A weight changed in place needs no new plan.
 
     It can't be copied or pickled: copy the model and optimize the copy.
     """
@@ -98,6 +99,7 @@ class StreamedModule(nn.Module):
         self._region = region
         self._fits = fits
         self._compiled: dict[Any, Compiled] = {}
+        self._read: dict[Any, frozenset[int]] = {}
         self._configuration = Configuration(module)
         self._configurations: dict[Any, int] = {}
 
@@ -178,30 +180,38 @@ class StreamedModule(nn.Module):
         if not inference:
             self._refuse_gradients(inputs)
         devices = {tensor.device.type for tensor in inputs.tensors}
-        key = (inputs.key(), state, *(_autocast(device) for device in sorted(devices)))
+        kind = (inputs.key(), state, *(_autocast(device) for device in sorted(devices)))
+        read = self._read.get(kind, frozenset())
+        key = (*kind, inputs.values(read))
         compiled = self._compiled.get(key)
         if compiled is None or not self._fits(compiled, inputs.tensors):
             compiled = self._compiler(args, kwargs)
+            self._read[kind] = read.union(compiled.captured.read)
+            key = (*kind, inputs.values(self._read[kind]))
             if key not in self._compiled:
                 self._warn_of_numbers(key)
             self._compiled[key] = compiled
         return compiled
 
     def _warn_of_numbers(self, key: Any) -> None:
-        """Where every step of a loop is planned anew for its number, say so once."""
-        (spec, rest, tensors), *others = key
+        """Where every step of a loop is planned anew for its number, or for what a tensor holds, say so once."""
+        (spec, rest, tensors), *others, _ = key
         alike = [
             known
-            for (known_spec, known, known_tensors), *known_others in self._compiled
+            for (known_spec, known, known_tensors), *known_others, _ in self._compiled
             if (known_spec, known_tensors, known_others) == (spec, tensors, others)
         ]
-        changing = {leaf for known in alike for leaf, now in zip(known, rest, strict=True) if leaf != now}
-        if len(alike) == MOST_ALIKE and all(kind in (int, float) for kind, _ in changing):
-            warnings.warn(
-                f"a streamed {type(self.__dict__['_original']).__name__} has now planned {MOST_ALIKE + 1} calls that "
-                "differ in a Python number alone. Pass that number as a tensor, and one plan serves all its values",
-                stacklevel=2,
-            )
+        numbers = {leaf for known in alike for leaf, now in zip(known, rest, strict=True) if leaf != now}
+        if len(alike) != MOST_ALIKE or not all(kind in (int, float) for kind, _ in numbers):
+            return
+        what, advice = "a Python number", "Pass that number as a tensor, and one plan serves all its values"
+        if not numbers:
+            what, advice = "a tensor's values", "The model makes shapes or numbers of them, so each needs its own plan"
+        warnings.warn(
+            f"a streamed {type(self.__dict__['_original']).__name__} has now planned {MOST_ALIKE + 1} calls that "
+            f"differ in {what} alone. {advice}",
+            stacklevel=2,
+        )
 
     def _state(self) -> int:
         """The number of the model's present configuration, among those seen."""

@@ -75,22 +75,29 @@ def _statistics_like(moments: Tensor, count: int, eps: float) -> Tensor:
 
 @torch.library.custom_op("fxstream::group_scale", mutates_args=())
 def group_scale(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Normalize (N, C, *S, L) by statistics (2, N, groups), then apply a channel's weight and bias, of shape (C,)."""
+    """Normalize (N, C, *S, L) by statistics (2, N, groups), then apply a weight and a bias.
+
+    Both have one element a channel, shape (C,), or one an element, shape (C, *S, L).
+    """
     out = _scaled_like(input, statistics, weight, bias)
     mean, scale = statistics.repeat_interleave(input.shape[1] // statistics.shape[2], 2)
-    if weight is not None:
-        scale = scale * weight
+    if weight is not None and weight.dim() == 1:
+        scale, weight = scale * weight, None
     inner = (1,) * (input.dim() - 2)
     mean, scale = mean.unflatten(1, (-1, *inner)), scale.unflatten(1, (-1, *inner))
-    shift = None if bias is None else bias.unflatten(0, (-1, *inner))
+    by_channel = bias is not None and bias.dim() == 1
+    if bias is not None and by_channel:
+        bias = bias.unflatten(0, (-1, *inner))
     for box in _tiles(*_steps(input)):
         samples, channels, *_ = box
         result, part = out[box], input[box]
         tile = result if out.dtype == mean.dtype else part.to(mean.dtype)
         torch.sub(part if tile is result else tile, mean[samples, channels], out=tile)
         tile.mul_(scale[samples, channels])
-        if shift is not None:
-            tile.add_(shift[channels])
+        if weight is not None:
+            tile.mul_(weight[box[1:]])
+        if bias is not None:
+            tile.add_(bias[channels] if by_channel else bias[box[1:]])
         if tile is not result:
             result.copy_(tile)
         del tile

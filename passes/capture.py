@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 from fxstream.passes.collector import collector_paused
+from fxstream.passes.known import KnownValues
 from fxstream.passes.propagate import propagate_layouts
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -79,6 +80,10 @@ class Inputs:
                 "strings, or containers that torch.utils._pytree knows"
             ) from None
         return self.spec, rest, tensors
+
+    def values(self, positions: Iterable[int]) -> tuple[bytes, ...]:
+        """What the tensors at these positions hold."""
+        return tuple(self.tensors[index].detach().cpu().numpy().tobytes() for index in sorted(positions))
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with ``tensors`` in place of this call's own."""
@@ -155,13 +160,15 @@ pytree.register_pytree_node(
 class Captured:
     """A captured call: ``graph_module(*tensors)`` gives the tensor leaves of the result.
 
-    ``result`` puts the user's result together from them.
+    ``result`` puts the user's result together from them. It is right for inputs alone whose tensors at the positions
+    ``read`` have the values that they had.
     """
 
     graph_module: fx.GraphModule
     inputs: Inputs
     rest: tuple[Any, ...]
     spec: pytree.TreeSpec
+    read: tuple[int, ...] = ()
 
     def result(self, tensors: Sequence[torch.Tensor]) -> Any:
         return unflatten(tensors, self.rest, self.spec)
@@ -171,19 +178,26 @@ class _Flat(nn.Module):
     """The user's callable over flat tensors, as ``torch.export`` wants it."""
 
     def __init__(
-        self, model: nn.Module, function: Callable[..., Any], inputs: Inputs, record: Callable[[Any], None]
+        self,
+        model: nn.Module,
+        function: Callable[..., Any],
+        inputs: Inputs,
+        known: KnownValues,
+        record: Callable[[Any], None],
     ) -> None:
         super().__init__()
         self.add_module(ROOT, model)
         self.function = (function,)  # in a tuple, lest a module be registered twice
         self.inputs = inputs
+        self.known = known
         self.record = record
         self.training = model.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.inputs.call(tensors)
+        self.known.follow(tensors)
         try:
-            with _assigned_buffers_written(self.function[0]):
+            with self.known, _assigned_buffers_written(self.function[0]):
                 found, rest, spec = flatten(self.function[0](*args, **kwargs))
         except Exception as error:
             raise _ForwardError from error
@@ -242,7 +256,8 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     bind(target, args, keywords)
     inputs = Inputs.of(args, keywords)
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
-    flat = _Flat(module, function, inputs, results.append)
+    known = KnownValues(inputs.tensors)
+    flat = _Flat(module, function, inputs, known, results.append)
     try:
         with torch.no_grad(), _quiet(), _attributes_kept(module), _DataSeen():
             exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
@@ -254,7 +269,7 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     _check_static(exported, module)
     graph_module = _graph_module(exported, module)
     propagate_layouts(graph_module)
-    return Captured(graph_module, inputs.without_tensors(), *results[-1])
+    return Captured(graph_module, inputs.without_tensors(), *results[-1], read=tuple(sorted(known.read)))
 
 
 class _DataSeen(TorchFunctionMode):

@@ -17,8 +17,6 @@ from fxstream.passes.capture import rebuilt
 from fxstream.passes.program import Program
 from fxstream.passes.propagate import evaluate, fake_mode_of
 
-norm = torch.ops.fxstream
-
 MOST_NODES = 8
 """A value that takes more operators, views apart, to compute from what is at hand is held."""
 
@@ -49,7 +47,7 @@ def recompute(program: Program, storages: Iterable[int]) -> fx.GraphModule | Non
 
 def _late_uses(program: Program, storage: int) -> list[list[fx.Node]]:
     """The nodes that compute with a storage, apart by the statistics that are taken between them, but for the first."""
-    statistics = accumulate(value.node.target is norm.group_statistics.default for value in program.values)
+    statistics = accumulate(value.node.meta.get("part") == "statistics" for value in program.values)
     uses: dict[int, list[fx.Node]] = {}
     for index, (value, taken) in enumerate(zip(program.values, statistics, strict=True)):
         if not program.is_view(index) and any(storage in program.liveness.of.get(node, ()) for node in value.reads):

@@ -18,7 +18,7 @@ from fxstream.passes.axes import Call
 from fxstream.passes.capture import rebuilt
 from fxstream.passes.liveness import analyze, bytes_of
 from fxstream.passes.normalize import is_impure
-from fxstream.passes.propagate import evaluate, fake_mode_of
+from fxstream.passes.propagate import derived, fake_mode_of
 from fxstream.passes.workspace import workspace_bytes
 
 aten, norm = torch.ops.aten, torch.ops.fxstream
@@ -55,7 +55,7 @@ class Norm(NamedTuple):
 
 def _norm_of(node: fx.Node) -> Norm | None:
     """A node's norm; None where it is none, takes running statistics, or where no image or video is normalized."""
-    if node.target not in (aten.group_norm.default, aten.instance_norm.default):
+    if node.target not in (aten.group_norm.default, aten.instance_norm.default, aten.layer_norm.default):
         return None
     value = node.meta["val"]
     if value.dim() <= 3 or not value.is_floating_point():
@@ -64,8 +64,11 @@ def _norm_of(node: fx.Node) -> Norm | None:
     found = Norm(given["input"], value.shape[1], given["weight"], given["bias"], given["eps"])
     if node.target is aten.group_norm.default:
         return found._replace(groups=given["num_groups"])
-    kept = value.stride() == found.input.meta["val"].stride()  # where not, the norm puts channels first
-    return found if given["use_input_stats"] and kept else None
+    if value.stride() != found.input.meta["val"].stride():  # the norm puts channels first
+        return None
+    if node.target is aten.layer_norm.default:
+        return found._replace(groups=1) if list(given["normalized_shape"]) == list(value.shape[1:]) else None
+    return found if given["use_input_stats"] else None
 
 
 def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -73,19 +76,11 @@ def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: dict[fx.Node, fx.No
     input = env[found.input]
     weight, bias = (None if each is None else env[each] for each in (found.weight, found.bias))
     count = value.shape[1] // found.groups * value.shape[-1]
-    moments = _call(node, graph, "moments", norm.group_moments.default, input, found.groups)
-    statistics = _call(node, graph, "statistics", norm.group_statistics.default, moments, count, found.eps)
-    scale = _call(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
+    moments = derived(node, graph, "moments", norm.group_moments.default, input, found.groups)
+    statistics = derived(node, graph, "statistics", norm.group_statistics.default, moments, count, found.eps)
+    scale = derived(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
     scale.meta["val"] = value  # of the same layout, and what the views of it lie in
     return scale
-
-
-def _call(origin: fx.Node, graph: fx.Graph, part: str, *call: object) -> fx.Node:
-    target, *args = call
-    node = graph.create_node("call_function", target, tuple(args), name=f"{origin.name}_{part}")  # type: ignore[arg-type]
-    node.meta = {"origin": origin.name, **origin.meta}
-    node.meta["val"] = evaluate(node)
-    return node
 
 
 def fuse_norms(graph_module: fx.GraphModule) -> None:
@@ -100,8 +95,10 @@ def fuse_norms(graph_module: fx.GraphModule) -> None:
     for node, moments in found.items():
         input, statistics, weight, bias = node.args
         with graph.inserting_before(node):
-            call = input, moments.args[1], weight, bias, statistics.args[2]
-            fused = graph.call_function(aten.group_norm.default, call)
+            whole, over = aten.group_norm.default, moments.args[1]
+            if any(each is not None and each.meta["val"].dim() > 1 for each in (weight, bias)):
+                whole, over = aten.layer_norm.default, list(node.meta["val"].shape[1:])
+            fused = graph.call_function(whole, (input, over, weight, bias, statistics.args[2]))
         fused.meta = dict(node.meta)
         index = position[node]
         if live[index] - liveness.transient[index] + workspace_bytes(fused) > peak:

@@ -28,6 +28,7 @@ from fxstream.passes.runs import find_runs
 from fxstream.passes.schedule import schedule
 from fxstream.passes.slicing import Slicer
 from fxstream.passes.split_norms import split_norms
+from fxstream.passes.split_reductions import split_reductions
 
 HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live, or will be at the next node."""
@@ -194,7 +195,8 @@ def _stream(graph_module: fx.GraphModule, budget: int | None, spare: float, most
     if not before.peak_bytes or (budget is not None and before.peak_bytes <= budget):
         return Streamed(graph_module, (), Program(graph_module), before)
     deep = most_outer > 0
-    program = Program(split_norms(schedule(graph_module), LARGE_SHARE * before.peak_bytes))
+    least = LARGE_SHARE * before.peak_bytes
+    program = Program(split_reductions(split_norms(schedule(graph_module), least), least))
     costs = _costs(program)
     outer = _outer(program, before.peak_bytes, most_outer)
     found = []

@@ -198,13 +198,16 @@ def group_statistics(out: Tensor, moments: Tensor, count: int, eps: float) -> in
 
 @workspace(torch.ops.fxstream.group_scale.default, anywhere=True)
 def group_scale(out: Tensor, input: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
-    """In the statistics' type a mean and a scale a channel, and the bias and a tile that are of another."""
+    """In the statistics' type a mean and a scale a channel, and the bias and tiles that are of another."""
     channels = 2 * input.shape[0] * input.shape[1]
-    if weight is not None:
+    if weight is not None and weight.dim() == 1:
         channels += input.shape[0] * input.shape[1]
-    if bias is not None and bias.dtype != statistics.dtype:
+    if bias is not None and bias.dim() == 1 and bias.dtype != statistics.dtype:
         channels += bias.numel()
+    each = [tensor for tensor in (weight, bias) if tensor is not None and tensor.dim() > 1]
     if input.dtype != statistics.dtype:
+        channels += scale_tile(input)
+    if any(tensor.dtype != statistics.dtype for tensor in each):
         channels += scale_tile(input)
     return channels * statistics.element_size()
 

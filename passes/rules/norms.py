@@ -63,11 +63,13 @@ def group_statistics(call: Call, out: Slice) -> Cut | None:
 
 @rule(norm.group_scale.default)
 def group_scale(call: Call, out: Slice) -> Cut | None:
-    """(N, C, *S, L), with statistics (2, N, groups)."""
+    """(N, C, *S, L), with statistics (2, N, groups), and a weight and a bias a channel or an element."""
     if out.dim == 0:
         return cut(call, {"input": out, "statistics": out.at(1)})
     if out.dim > 1:
-        return lead(call, out)
+        affine = {name: call.arguments[name] for name in ("weight", "bias")}
+        each = {name: out.at(out.dim - 1) for name, tensor in affine.items() if tensor is not None and tensor.dim() > 1}
+        return cut(call, {"input": out} | each)
     groups = call.arguments["statistics"].shape[2]
     channels = out.size // groups
     if out.inner % channels:

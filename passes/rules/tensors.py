@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxstream.passes.axes import Call, Cut, Slice, Span, rule
-from fxstream.passes.rules.common import cut, dims, haloed, independent, lead, source, trailing
+from fxstream.passes.rules.common import aligned, cut, dims, haloed, independent, lead, source, trailing
 from fxstream.passes.rules.views import removed
 
 aten = torch.ops.aten
@@ -132,6 +132,19 @@ def pad(call: Call, out: Slice) -> Cut | None:
 def index_select(call: Call, out: Slice) -> Cut:
     own = out.dim == call.arguments["dim"] % len(call.shape)
     return cut(call, {"index": out.at(0)} if own else {"self": out})
+
+
+@rule(aten.index.Tensor)
+def index(call: Call, out: Slice) -> Cut | None:
+    """Positions instead of dimensions that follow each other; their own dimensions stand there in the output."""
+    given = [entry is not None for entry in call.arguments["indices"]]
+    tensors = [entry for entry in call.arguments["indices"] if entry is not None]
+    first, rank = given.index(True), max(entry.dim() for entry in tensors)
+    if not all(given[first : first + len(tensors)]) or any(entry.dtype == torch.bool for entry in tensors):
+        return None
+    if first <= out.dim < first + rank:
+        return cut(call, {"indices": [aligned(entry, rank, out.at(out.dim - first)) for entry in tensors]})
+    return lead(call, out if out.dim < first else out.at(out.dim - rank + len(tensors)))
 
 
 @rule(aten.embedding.default)

@@ -60,6 +60,18 @@ def test_layouts():
         assert result.stride() == functional.group_norm(tensor, GROUPS, weight, bias).stride(), name
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-7), (torch.float16, 5e-4)])
+def test_an_affine_of_each_element(dtype, bound):
+    """With a single group: a layer norm over channels and pixels."""
+    x = torch.randn(2, 32, 3, 6, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, bias = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = functional.layer_norm(x.double(), x.shape[1:], weight.double(), bias.double())
+    statistics = group_statistics(group_moments(x, 1), 32 * 10, 1e-5)
+    for name, tensor in layouts(x):
+        assert relative_l2(group_scale(tensor, statistics, weight, bias), exact) <= bound, name
+        assert relative_l2(group_scale(tensor, statistics, weight, None) + bias, exact) <= 2 * bound, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nothing_of_the_inputs_size_is_made(dtype):
     x, weight, bias, _ = case((1, 32, 8, 128, 128), dtype)

@@ -126,6 +126,22 @@ class Shift(nn.Module):
         return x + self.narrow(F.silu(moved))
 
 
+class Gate(nn.Module):
+    """Norms over pixels by hand: channels gated by their mean, scaled by their length, divided by the deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(CHANNELS, 4 * CHANNELS, 1), nn.Conv2d(4 * CHANNELS, CHANNELS, 1)
+        self.gate = nn.Conv2d(4 * CHANNELS, 4 * CHANNELS, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        y = F.silu(self.wide(x))
+        y = y * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(y, 1)))
+        length = torch.linalg.vector_norm(y, 2, (2, 3), keepdim=True)
+        y = y * (length / (length.mean(1, keepdim=True) + 1))
+        return x + self.narrow(y / (y.var((1, 2, 3), keepdim=True) + 1).sqrt())
+
+
 class Shuffle(nn.Module):
     """An operator that reorders frames, which no axis through them survives."""
 
@@ -142,6 +158,7 @@ BLOCKS = {
     "skip": Skip,
     "pyramid": Pyramid,
     "shift": Shift,
+    "gate": Gate,
     "shuffle": Shuffle,
 }
 

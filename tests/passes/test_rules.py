@@ -483,7 +483,8 @@ def split_norm(random: Random, operator: OpOverload) -> Arguments:
     drawn = tensor(random, samples, groups * width, *sizes)
     if operator is norm.group_moments.default:
         return (drawn, groups), {}
-    weight, bias = (maybe(random, tensor(random, groups * width)) for _ in range(2))
+    affine = drawn.shape[1:] if flag(random) else drawn.shape[1:2]
+    weight, bias = (maybe(random, tensor(random, *affine)) for _ in range(2))
     return (drawn, tensor(random, 2, samples, groups), weight, bias), {}
 
 
@@ -725,6 +726,17 @@ def index_select(random: Random, operator: OpOverload) -> Arguments:
     return (drawn, dim, indices(drawn.shape[dim], random.choice((4, 6)))), {}
 
 
+@sample(aten.index.Tensor)
+def index(random: Random, operator: OpOverload) -> Arguments:
+    drawn = tensor(random, *shape(random, 2))
+    first = random.randrange(drawn.dim())
+    sizes = shape(random, 1, 2)
+    given = [indices(drawn.shape[first], *sizes)]
+    if first + 1 < drawn.dim() and flag(random):
+        given.append(indices(drawn.shape[first + 1], *random.choice((sizes, sizes[-1:], [1]))))
+    return (drawn, [None] * first + given), {}
+
+
 @sample(aten.embedding.default)
 def embedding(random: Random, operator: OpOverload) -> Arguments:
     return (tensor(random, 5, random.choice((4, 6))), indices(5, *shape(random, 0, 3))), {}
@@ -951,6 +963,34 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
         Slice(3, 4),
         [Slice(3, 4), None, None, None],
     ),
+    "heads of tokens that are picked": (
+        aten.index.Tensor,
+        (rand(2, 6, 5, 4), [None, None, torch.tensor([0, 3, 4])]),
+        {},
+        Slice(1, 6),
+        [Slice(1, 6), None],
+    ),
+    "channels of pixels that are picked": (
+        aten.index.Tensor,
+        (rand(6, 5, 4), [torch.tensor([0, 3, 4]), torch.tensor([1, 1, 0])]),
+        {},
+        Slice(1, 4),
+        [Slice(2, 4), None, None],
+    ),
+    "tokens that are picked": (
+        aten.index.Tensor,
+        (rand(2, 5, 4), [None, torch.tensor([0, 3, 4])]),
+        {},
+        Slice(1, 3),
+        [None, Slice(0, 3)],
+    ),
+    "rows of a split layer norm's scale": (
+        norm.group_scale.default,
+        (rand(2, 8, 4, 5), rand(2, 2, 1), rand(8, 4, 5), rand(8, 4, 5)),
+        {},
+        Slice(2, 4),
+        [Slice(2, 4), None, Slice(1, 4), Slice(1, 4)],
+    ),
     "groups of a split group norm's scale": (
         norm.group_scale.default,
         (rand(2, 8, 3, 4, 5), rand(2, 2, 4), rand(8), None),
@@ -962,6 +1002,13 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "a mask of tokens": (aten.index.Tensor, (rand(6, 4), [torch.ones(6).bool()]), {}, Slice(0, 6)),
+    "dimensions apart that are picked": (
+        aten.index.Tensor,
+        (rand(2, 5, 4), [torch.tensor([0, 1]), None, torch.tensor([0, 1])]),
+        {},
+        Slice(1, 5),
+    ),
     "pixels of a group norm": (aten.group_norm.default, (rand(2, 8, 3, 3), 4), {}, Slice(2, 3)),
     "half groups of a group norm": (aten.group_norm.default, (rand(2, 8, 3, 3), 4), {}, Slice(1, 8)),
     "softmax's own dimension": (aten.softmax.int, (rand(2, 4), -1), {}, Slice(1, 4)),

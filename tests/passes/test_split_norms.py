@@ -73,6 +73,34 @@ def test_an_instance_norm_has_a_group_a_channel(affine):
     assert result.stride() == expected.stride() and relative_l2(result, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_norm_over_channels_and_pixels_has_one_group(affine):
+    layer = nn.LayerNorm((16, 24, 24), elementwise_affine=affine)
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), layer, nn.SiLU(), nn.Conv2d(16, 4, 3, padding=1))
+    if affine:
+        nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    model.eval().requires_grad_(False)
+    x = torch.randn(2, 4, 24, 24)
+    graph_module = normalize(capture(model, (x,)).graph_module)
+    split = split_norms(graph_module, 1)
+    assert norm.group_scale.default in targets(split)
+    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    fuse_norms(split)
+    assert targets(split).count(aten.layer_norm.default if affine else aten.group_norm.default) == 1
+    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    streamed = fxstream.optimize(model, "min", (x[:1],))
+    [plan] = streamed.plans
+    assert plan.after.peak_bytes < 0.6 * plan.before.peak_bytes
+    measured = measure_peak(streamed, x[:1])
+    assert relative_l2(measured.result, model(x[:1])) <= 1e-6
+    assert measured.peak_bytes == pytest.approx(plan.after.peak_bytes, rel=0.01)
+
+
+def test_a_layer_norm_over_the_last_dimensions_alone_stays():
+    graph_module = normalize(capture(nn.LayerNorm((24, 24)), (torch.randn(2, 16, 24, 24),)).graph_module)
+    assert split_norms(graph_module, 1) is graph_module
+
+
 def test_running_statistics_need_no_moments():
     model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.InstanceNorm2d(16, track_running_stats=True), nn.SiLU())
     graph_module = normalize(capture(model.eval(), (torch.randn(2, 4, 24, 24),)).graph_module)
