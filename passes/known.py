@@ -66,7 +66,7 @@ class KnownValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is Tensor.__iter__ and id(args[0]) in self._known:
             return iter(self.__torch_function__(torch.unbind, types, args))
-        if function is Tensor.__getitem__ or (function is Tensor.__setitem__ and _has_shape(args[2])):
+        if function is Tensor.__getitem__ or (function is Tensor.__setitem__ and _is_picked(*args)):
             args = (args[0], self._by_positions(args[1]), *args[2:])
         elif function in REPEATING and len(args) > 1:
             function, args, kwargs = self._by_repeated_positions(*args, **kwargs)
@@ -176,8 +176,10 @@ def _storage(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def _has_shape(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
+def _is_picked(target: Tensor, index: Any, value: Any) -> bool:
+    """Whether what is assigned to an index may have a dimension as long as what the index picks."""
+    picked = index.dim() if isinstance(index, Tensor) else target.dim()
+    return isinstance(value, Tensor) and value.dim() > target.dim() - picked
 
 
 def _writes(function: Any, kwargs: Any) -> bool:

@@ -1,6 +1,7 @@
 """A procedural data set of video clips: one coloured shape that slides, bounces or turns on a dark ground.
 
-A clip is 8 frames of 32 x 32 pixels, labelled by its shape, motion and colour. `quality` tells such clips from others.
+A clip is 8 frames of 32 x 32 pixels, labelled by its shape, motion and colour. Shapes are upright, but where they turn,
+and then at first. `quality` tells such clips from others.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Clips:
     colour: torch.Tensor
 
 
-def draw(count: int, generator: torch.Generator) -> Clips:
-    """Draw clips of all labels at random."""
+def draw(count: int, generator: torch.Generator, tilted: bool = False) -> Clips:
+    """Draw clips of all labels at random; where ``tilted``, of shapes that begin at any angle."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -40,7 +41,7 @@ def draw(count: int, generator: torch.Generator) -> Clips:
     shape = torch.randint(len(SHAPES), (count,), generator=generator)
     motion = torch.randint(len(MOTIONS), (count,), generator=generator)
     colour = torch.randint(len(COLOURS), (count,), generator=generator)
-    radius, start_angle = uniform(*RADII), uniform(0, 2 * math.pi)
+    radius = uniform(*RADII)
     time = torch.arange(FRAMES, dtype=torch.float32)
 
     # A slide stays within the frame: the middle of its way lies in what the way leaves of the frame.
@@ -56,14 +57,14 @@ def draw(count: int, generator: torch.Generator) -> Clips:
     line = uniform(0, 1, 2)[:, None] * way + (signs * uniform(3.2, 4.2, 2))[:, None] * time[None, :, None]
     bounce = radius[:, None, None] + way - (line % (2 * way) - way).abs()
 
-    # A turn goes round a small circle, the shape with it.
-    spin = torch.where(uniform(-1, 1) < 0, -1.0, 1.0) * uniform(0.4, 0.6)
-    angle = start_angle[:, None] + spin[:, None] * time
+    # A turn goes round a small circle, the shape about itself as well.
+    turned = torch.where(uniform(-1, 1) < 0, -1.0, 1.0)[:, None] * uniform(0.4, 0.6)[:, None] * time
+    phase = uniform(0, 2 * math.pi)[:, None] + turned
     room = (SIZE / 2 - radius - 4)[:, None]
-    turn = (SIZE / 2 + room * uniform(-1, 1, 2))[:, None] + 4 * torch.stack([angle.cos(), angle.sin()], dim=2)
+    turn = (SIZE / 2 + room * uniform(-1, 1, 2))[:, None] + 4 * torch.stack([phase.cos(), phase.sin()], dim=2)
 
     centre = torch.stack([slide, bounce, turn])[motion, torch.arange(count)]
-    angle = torch.where((motion == MOTIONS.index("turn"))[:, None], angle, start_angle[:, None])
+    angle = torch.where((motion == MOTIONS.index("turn"))[:, None], turned, 0.0) + tilted * phase[:, :1]
     inside = _inside(shape, centre, angle, radius)[:, :, None]
     return Clips(GROUND + inside * (COLOURS[colour][:, None, :, None, None] - GROUND), shape, motion, colour)
 

@@ -151,6 +151,16 @@ def test_what_is_not_asked_costs_no_plan():
     assert len(streamed.plans) == 1
 
 
+def test_one_value_for_all_that_a_mask_picks_is_not_asked():
+    def filled(x, mask):
+        x = x.clone()
+        x[mask] = torch.ones(8)
+        return x
+
+    model = Function(filled).eval().requires_grad_(False)
+    assert capture(model, (torch.randn(2, 5, 8), MASK)).read == ()
+
+
 def test_each_value_has_a_plan_of_its_own():
     model = Function(lambda x, mask: x[mask]).eval().requires_grad_(False)
     streamed = fxstream.optimize(model, "min")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
+import pytest
 import torch
 from diffusers import UNetMotionModel
 
+from fxstream.tools import train_demo_model
 from fxstream.tools.train_demo_model import Training
 
 
@@ -15,7 +18,11 @@ def train(training, folder, steps):
     return training.averaged.state_dict()
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("parts", [(3, 1), (2, 2), (4, 4)], ids=str)
+def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, parts):
+    """Stopped within a part, and where one begins."""
+    made = tuple(replace(part, steps=steps) for part, steps in zip(train_demo_model.PARTS, parts, strict=True))
+    monkeypatch.setattr(train_demo_model, "PARTS", made)
     whole = train(Training(0), tmp_path, 4)
     train(Training(0), tmp_path / "parts", 3)
     rest = Training(1)
