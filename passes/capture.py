@@ -34,7 +34,7 @@ from fxstream.passes.collector import collector_paused
 from fxstream.passes.known import KnownValues
 from fxstream.passes.propagate import propagate_layouts
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
 ROOT = "model"
@@ -430,7 +430,7 @@ _OPERATORS = (
 
 
 def _is_users(file: str) -> bool:
-    return file != __file__ and not file.startswith((_TORCH, "<eval", "<string"))
+    return not file.startswith((_TORCH, _PASSES, "<eval", "<string"))
 
 
 def _is_symbolic(value: Any) -> bool:
