@@ -74,9 +74,11 @@ class KnownValues(TorchFunctionMode):
         known = all(id(tensor) in self._known for tensor in tensors) and (bool(tensors) or function in MAKING)
         if known and tensors and function in ASKING | SHAPING:
             sources = self._sources(tensors)
-            self.read |= sources
             value = self._value(function, args, kwargs)
-            return value if function in ASKING else self._constants(value, tensors[0].device, sources)
+            if function in SHAPING:
+                return self._constants(value, tensors[0].device, sources)
+            self.read |= sources
+            return value
         result = function(*args, **kwargs)
         followed = known and self._followed(function, args, kwargs, self._sources(tensors), result)
         written = [*args[:1], kwargs.get("out")] if _writes(function, kwargs) else []
@@ -117,7 +119,8 @@ class KnownValues(TorchFunctionMode):
             return pytree.tree_map_only(Tensor, Tensor.cpu, function(*args, **kwargs))
 
     def _constants(self, values: Any, device: torch.device, sources: frozenset[int]) -> Any:
-        """Values as the traced graph's constants."""
+        """Values as the traced graph's constants, by which their sources are read."""
+        self.read |= sources
 
         def constant(value: Tensor) -> Tensor:
             with _out_of_sight():
@@ -134,7 +137,6 @@ class KnownValues(TorchFunctionMode):
         for entry in index if isinstance(index, tuple) else (index,):
             if isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.dim() and id(entry) in self._known:
                 _, value, sources = self._known[id(entry)]
-                self.read |= sources
                 with _out_of_sight():
                     where = value.nonzero(as_tuple=True)
                 positions.extend(self._constants(where, entry.device, sources))
@@ -147,7 +149,6 @@ class KnownValues(TorchFunctionMode):
         if id(repeats) not in self._known:
             return torch.repeat_interleave, (input, repeats, dim), rest
         _, value, sources = self._known[id(repeats)]
-        self.read |= sources
         input, dim = (input.flatten(), 0) if dim is None else (input, dim)
         with _out_of_sight():
             positions = torch.repeat_interleave(value.expand(input.shape[dim]))

@@ -60,17 +60,6 @@ def evaluate(node: fx.Node) -> Any:
     return value
 
 
-def derived(origin: fx.Node, graph: fx.Graph, part: str, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new node at the end of a graph that computes a part of what another node did; call under its fake mode.
-
-    ``meta["origin"]`` is the other's name and ``meta["part"]`` the part's.
-    """
-    node = graph.create_node("call_function", target, args, kwargs, name=f"{origin.name}_{part}")
-    node.meta = {"origin": origin.name, **origin.meta, "part": part}
-    node.meta["val"] = evaluate(node)
-    return node
-
-
 _KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
 """Of each fake mode: calls of operators -> size, stride, dtype and device of the tensor that they make."""
 

@@ -1,13 +1,15 @@
 """Split norms: a norm over pixels of a large tensor as moments, statistics and a pointwise scale.
 
 Whole, a group norm can't be cut along an axis that its statistics span: frames, where it sees them, and pixels. Its
-parts can: moments are taken of each row, and the scale is pointwise. An instance norm is one with a group a channel.
-Where a plan leaves all the parts together after all, they are fused again, unless that would raise the graph's peak.
-Each part's ``meta["origin"]`` is the norm's name.
+parts can: moments are taken of each row, and the scale is pointwise. An instance norm is one with a group a channel, a
+layer norm over channels and pixels one with a single group, and a weight an element. Where a plan leaves all the parts
+together after all, they are fused again, unless that would raise the peak. Each part's ``meta["origin"]`` is the
+norm's name.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,9 @@ from torch import fx
 
 from fxstream.norm import group_moments, group_scale, group_statistics  # noqa: F401  (registers the operators)
 from fxstream.passes.axes import Call
-from fxstream.passes.capture import rebuilt
+from fxstream.passes.expand import Nodes, derived, expand
 from fxstream.passes.liveness import analyze, bytes_of
 from fxstream.passes.normalize import is_impure
-from fxstream.passes.propagate import derived, fake_mode_of
 from fxstream.passes.workspace import workspace_bytes
 
 aten, norm = torch.ops.aten, torch.ops.fxstream
@@ -29,18 +30,9 @@ def split_norms(graph_module: fx.GraphModule, least: float) -> fx.GraphModule:
 
     Only images and videos are: of an input (N, C, L) the moments would be no smaller than a good part of it.
     """
-    source = graph_module.graph
-    found = {node: _norm_of(node) for node in source.nodes}
-    norms = {node: each for node, each in found.items() if each and bytes_of(node.meta["val"]) >= least}
-    if not norms:
-        return graph_module
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    with torch.no_grad(), fake_mode_of(source):
-        for node in source.nodes:
-            split = norms.get(node)
-            env[node] = _split(node, split, graph, env) if split else graph.node_copy(node, env.__getitem__)
-    return rebuilt(graph_module, graph, "Split")
+    found = {node: each for node in graph_module.graph.nodes if (each := _norm_of(node)) is not None}
+    large = {node: each for node, each in found.items() if bytes_of(node.meta["val"]) >= least}
+    return expand(graph_module, {node: partial(_split, node, each) for node, each in large.items()})
 
 
 class Norm(NamedTuple):
@@ -71,16 +63,14 @@ def _norm_of(node: fx.Node) -> Norm | None:
     return found if given["use_input_stats"] else None
 
 
-def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> fx.Node:
+def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: Nodes) -> fx.Node:
     value = node.meta["val"]
     input = env[found.input]
     weight, bias = (None if each is None else env[each] for each in (found.weight, found.bias))
     count = value.shape[1] // found.groups * value.shape[-1]
     moments = derived(node, graph, "moments", norm.group_moments.default, input, found.groups)
     statistics = derived(node, graph, "statistics", norm.group_statistics.default, moments, count, found.eps)
-    scale = derived(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
-    scale.meta["val"] = value  # of the same layout, and what the views of it lie in
-    return scale
+    return derived(node, graph, "scale", norm.group_scale.default, input, statistics, weight, bias)
 
 
 def fuse_norms(graph_module: fx.GraphModule) -> None:

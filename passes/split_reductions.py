@@ -7,6 +7,7 @@ model writes by hand are cut, and gates of channels by their mean. Each part's `
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,9 +16,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxstream.passes.axes import Call
-from fxstream.passes.capture import rebuilt
+from fxstream.passes.expand import Nodes, derived, expand
 from fxstream.passes.liveness import bytes_of
-from fxstream.passes.propagate import derived, fake_mode_of
 from fxstream.passes.rules.common import dims
 
 aten = torch.ops.aten
@@ -47,20 +47,11 @@ class Reduction(NamedTuple):
 
 def split_reductions(graph_module: fx.GraphModule, least: float) -> fx.GraphModule:
     """A graph module whose reductions of ``least`` bytes and more are split; the same one where it has none."""
-    source = graph_module.graph
-    found = {node: each for node in source.nodes if (each := _reduction_of(node, least)) is not None}
-    if not found:
-        return graph_module
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    with torch.no_grad(), fake_mode_of(source):
-        for node in source.nodes:
-            if node in found:
-                split = _variance if node.target in VARIANCES else _split
-                env[node] = split(node, found[node], graph, env[node.args[0]])
-            else:
-                env[node] = graph.node_copy(node, env.__getitem__)
-    return rebuilt(graph_module, graph, "Split")
+    found = {node: each for node in graph_module.graph.nodes if (each := _reduction_of(node, least)) is not None}
+    parts = {
+        node: partial(_variance if node.target in VARIANCES else _split, node, each) for node, each in found.items()
+    }
+    return expand(graph_module, parts)
 
 
 def _reduction_of(node: fx.Node, least: float) -> Reduction | None:
@@ -99,7 +90,8 @@ def _is_exact(target: OpOverload, given: dict[str, Any], input: torch.Tensor) ->
     return not (kept_exact and input.is_floating_point() and input.dtype.itemsize < 4)
 
 
-def _split(node: fx.Node, found: Reduction, graph: fx.Graph, input: fx.Node) -> fx.Node:
+def _split(node: fx.Node, found: Reduction, graph: fx.Graph, env: Nodes) -> fx.Node:
+    input = env[node.args[0]]
     operator: Any = node.target
     target, value = BY_DIM.get(operator, operator), node.meta["val"]
     order = [found.arguments["ord"]] if "ord" in found.arguments else []
@@ -114,8 +106,9 @@ def _split(node: fx.Node, found: Reduction, graph: fx.Graph, input: fx.Node) -> 
     return derived(node, graph, "converted", aten._to_copy.default, total, dtype=value.dtype)
 
 
-def _variance(node: fx.Node, found: Reduction, graph: fx.Graph, input: fx.Node) -> fx.Node:
+def _variance(node: fx.Node, found: Reduction, graph: fx.Graph, env: Nodes) -> fx.Node:
     """The mean of variances over equally many elements each, and the variance of their means."""
+    input = env[node.args[0]]
     given, shape = found.arguments, input.meta["val"].shape
     part = derived(node, graph, "part", aten.var.correction, input, found.first, correction=0, keepdim=True)
     means = derived(node, graph, "means", aten.mean.dim, input, found.first, True)

@@ -34,6 +34,17 @@ def targets(graph_module):
     return [node.target for node in graph_module.graph.nodes]
 
 
+def split_and_fused(model, x):
+    """The operators of a model after its norm was split and fused again, with the same result at each."""
+    graph_module = normalize(capture(model, (x,)).graph_module)
+    split = split_norms(graph_module, 1)
+    assert norm.group_scale.default in targets(split)
+    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    fuse_norms(split)
+    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    return targets(split)
+
+
 def test_the_parts_compute_the_norm():
     graph_module, x = captured()
     split = split_norms(graph_module, 1)
@@ -57,13 +68,7 @@ def test_an_instance_norm_has_a_group_a_channel(affine):
     model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.InstanceNorm2d(16, affine=affine), nn.SiLU())
     model.eval().requires_grad_(False)
     x = torch.randn(2, 4, 24, 24)
-    graph_module = normalize(capture(model, (x,)).graph_module)
-    split = split_norms(graph_module, 1)
-    assert norm.group_scale.default in targets(split)
-    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
-    fuse_norms(split)
-    assert aten.group_norm.default in targets(split)
-    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    assert aten.group_norm.default in split_and_fused(model, x)
     last = x.to(memory_format=torch.channels_last)
     moved = normalize(capture(model[1], (torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last),)).graph_module)
     assert split_norms(moved, 1) is moved
@@ -81,13 +86,7 @@ def test_a_layer_norm_over_channels_and_pixels_has_one_group(affine):
         nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     model.eval().requires_grad_(False)
     x = torch.randn(2, 4, 24, 24)
-    graph_module = normalize(capture(model, (x,)).graph_module)
-    split = split_norms(graph_module, 1)
-    assert norm.group_scale.default in targets(split)
-    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
-    fuse_norms(split)
-    assert targets(split).count(aten.layer_norm.default if affine else aten.group_norm.default) == 1
-    assert relative_l2(split(x)[0], graph_module(x)[0]) <= 1e-6
+    assert split_and_fused(model, x).count(aten.layer_norm.default if affine else aten.group_norm.default) == 1
     streamed = fxstream.optimize(model, "min", (x[:1],))
     [plan] = streamed.plans
     assert plan.after.peak_bytes < 0.6 * plan.before.peak_bytes
