@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from fxstream.passes.axes import Call
 from fxstream.passes.expand import Nodes, derived, expand
 from fxstream.passes.liveness import bytes_of
-from fxstream.passes.rules.common import dims
+from fxstream.passes.rules.common import dims, source
 
 aten = torch.ops.aten
 
@@ -39,6 +39,7 @@ BY_DIM = {aten.sum.default: aten.sum.dim_IntList} | dict.fromkeys((aten.mean.def
 class Reduction(NamedTuple):
     """A reduction over some dimensions, and those of them that its first part reduces."""
 
+    input: fx.Node
     dims: list[int]
     first: list[int]
     keepdim: bool
@@ -58,8 +59,9 @@ def _reduction_of(node: fx.Node, least: float) -> Reduction | None:
     """A node's reduction; None where it is none, small, over one dimension, or would be less exact in parts."""
     if node.target not in REDUCTIONS:
         return None
-    given = Call(node.target, node.args, node.kwargs, node.meta["val"]).arguments
-    input = node.args[0].meta["val"]
+    call = Call(node.target, node.args, node.kwargs, node.meta["val"])
+    given, read = call.arguments, cast(fx.Node, source(call))
+    input = read.meta["val"]
     over = _reduced(node.target, given, input.dim())
     wide = [dim for dim in over if input.shape[dim] > 1]
     if len(wide) < 2 or bytes_of(input) < least or not _is_exact(node.target, given, input):
@@ -67,7 +69,7 @@ def _reduction_of(node: fx.Node, least: float) -> Reduction | None:
     first = wide[-1:]
     while len(first) < len(wide) - 1 and prod(input.shape[dim] for dim in first) < SMALLER:
         first = wide[-len(first) - 1 :]
-    return Reduction(over, first, given.get("keepdim", node.target in POOLS), given)
+    return Reduction(read, over, first, given.get("keepdim", node.target in POOLS), given)
 
 
 def _reduced(target: OpOverload, given: dict[str, Any], rank: int) -> list[int]:
@@ -91,7 +93,7 @@ def _is_exact(target: OpOverload, given: dict[str, Any], input: torch.Tensor) ->
 
 
 def _split(node: fx.Node, found: Reduction, graph: fx.Graph, env: Nodes) -> fx.Node:
-    input = env[node.args[0]]
+    input = env[found.input]
     operator: Any = node.target
     target, value = BY_DIM.get(operator, operator), node.meta["val"]
     order = [found.arguments["ord"]] if "ord" in found.arguments else []
@@ -108,7 +110,7 @@ def _split(node: fx.Node, found: Reduction, graph: fx.Graph, env: Nodes) -> fx.N
 
 def _variance(node: fx.Node, found: Reduction, graph: fx.Graph, env: Nodes) -> fx.Node:
     """The mean of variances over equally many elements each, and the variance of their means."""
-    input = env[node.args[0]]
+    input = env[found.input]
     given, shape = found.arguments, input.meta["val"].shape
     part = derived(node, graph, "part", aten.var.correction, input, found.first, correction=0, keepdim=True)
     means = derived(node, graph, "means", aten.mean.dim, input, found.first, True)
