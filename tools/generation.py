@@ -23,7 +23,7 @@ LABELS = 16
 """Channels of a label: one a shape, one a motion, one for no label, one a colour, and two to spare."""
 
 LABEL_SCALE = 4.0
-GUIDANCE = 2.5
+GUIDANCE = 2.0
 
 CONFIGURATION: dict[str, Any] = {
     "sample_size": SIZE // PATCH,

@@ -1,7 +1,7 @@
 """A procedural data set of video clips: one coloured shape that slides, bounces or turns on a dark ground.
 
-A clip is 8 frames of 32 x 32 pixels, labelled by its shape, motion and colour. Shapes are upright, but where they turn,
-and then at first. `quality` tells such clips from others.
+A clip is 8 frames of 32 x 32 pixels, labelled by its shape, motion and colour. Shapes are upright; those that turn
+begin so. `quality` tells such clips from others.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-0.6, -0.2, 1], [1, 1, -1], [
 GROUND = -0.9
 RADII = (6.0, 8.0)
 SHARPNESS = 2.0
+TURN = math.pi / 8
+"""The angle by which a shape turns from one frame to the next, one way or the other."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Clips:
     colour: torch.Tensor
 
 
-def draw(count: int, generator: torch.Generator, tilted: bool = False) -> Clips:
-    """Draw clips of all labels at random; where ``tilted``, of shapes that begin at any angle."""
+def draw(count: int, generator: torch.Generator) -> Clips:
+    """Draw clips of all labels at random."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -54,17 +56,17 @@ def draw(count: int, generator: torch.Generator, tilted: bool = False) -> Clips:
     # A bounce goes on along a straight line that walls fold back; it is fast enough to meet one.
     signs = torch.where(uniform(-1, 1, 2) < 0, -1.0, 1.0)
     way = (SIZE - 2 * radius)[:, None, None]
-    line = uniform(0, 1, 2)[:, None] * way + (signs * uniform(3.2, 4.2, 2))[:, None] * time[None, :, None]
+    line = uniform(0, 1, 2)[:, None] * way + (signs * uniform(2.9, 3.5, 2))[:, None] * time[None, :, None]
     bounce = radius[:, None, None] + way - (line % (2 * way) - way).abs()
 
     # A turn goes round a small circle, the shape about itself as well.
-    turned = torch.where(uniform(-1, 1) < 0, -1.0, 1.0)[:, None] * uniform(0.4, 0.6)[:, None] * time
+    turned = torch.where(uniform(-1, 1) < 0, -TURN, TURN)[:, None] * time
     phase = uniform(0, 2 * math.pi)[:, None] + turned
     room = (SIZE / 2 - radius - 4)[:, None]
     turn = (SIZE / 2 + room * uniform(-1, 1, 2))[:, None] + 4 * torch.stack([phase.cos(), phase.sin()], dim=2)
 
     centre = torch.stack([slide, bounce, turn])[motion, torch.arange(count)]
-    angle = torch.where((motion == MOTIONS.index("turn"))[:, None], turned, 0.0) + tilted * phase[:, :1]
+    angle = torch.where((motion == MOTIONS.index("turn"))[:, None], turned, 0.0)
     inside = _inside(shape, centre, angle, radius)[:, :, None]
     return Clips(GROUND + inside * (COLOURS[colour][:, None, :, None, None] - GROUND), shape, motion, colour)
 
