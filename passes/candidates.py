@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxstream.loop import Slice
-from fxstream.passes.layout import lies_behind, lies_within
+from fxstream.passes.layout import lies_behind, lies_within, offset_bytes
 from fxstream.passes.liveness import bytes_of
 from fxstream.passes.program import Program
 from fxstream.passes.ranges import infer_ranges, stored_part
@@ -318,7 +318,8 @@ class _Sweep:
             fitting = [
                 storage
                 for storage, read in free.items()
-                if size <= storages[storage].bytes <= most and (lies_within(layout, read) or lies_behind(layout, read))
+                if offset_bytes(read) + size <= storages[storage].bytes <= most
+                and (lies_within(layout, read) or lies_behind(layout, read))
             ]
             if fitting:
                 storage = min(fitting, key=lambda s: storages[s].bytes)

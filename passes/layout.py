@@ -38,6 +38,12 @@ def slice_layout(tensor: torch.Tensor, piece: Slice) -> Any:
     return tensor.storage_offset(), tensor.dtype, tuple(merged)
 
 
+def offset_bytes(layout: Any) -> int:
+    """Bytes of the storage before the tensor's first element."""
+    offset, dtype, _ = layout
+    return int(offset * dtype.itemsize)
+
+
 def lies_within(layout: Any, other: Any) -> bool:
     """Whether a slice of one layout touches no address that the same slice of the other doesn't, offsets apart."""
     (_, dtype, parts), (_, other_dtype, others) = layout, other

@@ -146,6 +146,19 @@ def test_fewer_channels_are_written_behind_what_was_read_of_more():
     sliced.check()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_output_has_room_from_where_its_input_begins(first):
+    """Each slice reads every second number of a row and fills the row: from the storage's start on that fits."""
+
+    def function(self, x):
+        half = (x * 2)[:, first::2]
+        return torch.stack([half.exp(), half.sin()], dim=1).softmax(0)
+
+    sliced = Sliced(Call(function), (X,), "exp", FRAMES, 9, end="stack")
+    assert sliced.over == [first == 0]
+    sliced.check()
+
+
 @pytest.mark.parametrize("shift", [1, -1])
 def test_what_the_next_slice_reads_is_not_written_over(shift):
     """Each slice reads as many steps as it stores, from one before on or to one behind."""
