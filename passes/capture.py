@@ -83,7 +83,8 @@ class Inputs:
 
     def values(self, positions: Iterable[int]) -> tuple[bytes, ...]:
         """What the tensors at these positions hold."""
-        return tuple(self.tensors[index].detach().cpu().numpy().tobytes() for index in sorted(positions))
+        tensors = (self.tensors[index].detach().cpu().contiguous() for index in sorted(positions))
+        return tuple(tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with ``tensors`` in place of this call's own."""

@@ -1,9 +1,10 @@
-"""Known values: what small inputs of whole numbers hold, followed beside a capture.
+"""Known values: what small inputs of whole numbers and masks hold, followed beside a capture.
 
 Some models make shapes of values: they drop the padded tokens of a prompt by its mask, or cut a batch by its lengths.
 ``torch.export`` knows no values, so such inputs are followed here through every function that is given them alone, and
 where the model asks, it gets its answer. A graph so made serves calls with the same values, and ``read`` says of which
-inputs.
+inputs. Masks are given in any type: zeros and ones in two dimensions or more; so are the zeros of an image that is not
+there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-MOST = 1 << 20
+MOST = 4 << 20
 """Bytes of the largest tensor that is followed."""
 
 ASKING: set[Callable[..., Any]] = {
@@ -168,9 +169,13 @@ def _out_of_sight() -> Iterator[None]:
 
 
 def _is_followed(tensor: Tensor) -> bool:
-    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_floating_point() or tensor.is_complex():
+    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_complex():
         return False
-    return tensor.untyped_storage().nbytes() <= MOST
+    return tensor.untyped_storage().nbytes() <= MOST and (not tensor.is_floating_point() or _is_mask(tensor))
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _storage(value: Tensor) -> int:

@@ -157,6 +157,9 @@ class _Scanner:
             if index not in self.slices:
                 for at in self._reads(index):
                     self._put_back(at)
+        for index in range(self.start, end + 1):
+            if is_getitem(self.program.values[index].node) and self._reads(index)[0] not in self.slices:
+                self._put_back(index)  # no window can be read of a list
         work = [index for index in self.slices if not self.program.is_view(index)]
         extent = self.slices[self.start].extent
         return Run(extent, self.start, end, self.slices, self.cuts) if len(work) > 1 else None

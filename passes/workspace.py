@@ -163,6 +163,12 @@ def softmax(out: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> int:
     return _copy(input)
 
 
+@workspace(aten.pad.default)
+def pad(out: Tensor, input: Tensor, pads: list[int], mode: str = "constant", value: float | None = None) -> int:
+    """What repeats the border's values reads a contiguous copy of the input."""
+    return _image_copy(input) if mode in ("reflect", "replicate") else 0
+
+
 @workspace(aten.index_select.default)
 def index_select(out: Tensor, input: Tensor, *args: Any) -> int:
     """A contiguous copy of the input."""

@@ -110,7 +110,9 @@ rule(aten.view_as_complex.default)(lead)
 
 @rule(aten.slice.Tensor)
 def slice_(call: Call, out: Slice) -> Cut | None:
-    """Along its own dimension: a run of whole blocks (as a chunk is), or every step-th element of all of it."""
+    """Along its own dimension: a run of whole blocks (as a chunk is), every step-th element of all of it, or a window
+    of at least half of it. Slices of less would lie elsewhere than those of the input that they are computed with.
+    """
     dim = call.arguments["dim"] % len(call.shape)
     if out.dim != dim:
         return lead(call, out)
@@ -125,6 +127,8 @@ def slice_(call: Call, out: Slice) -> Cut | None:
     if size == out.size * step:
         piece = Slice(dim, out.extent, out.outer, out.inner * step)
         return lead(call, piece, lambda length: {"start": start, "end": None})
+    if 2 * out.size * step < size:
+        return None
 
     def place(part: Span, window: Span, clipped: bool) -> tuple[Mapping[str, Any], int]:
         return {"start": 0, "end": window[1] - window[0]}, part[0]

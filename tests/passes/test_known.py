@@ -121,9 +121,22 @@ def test_large_and_fractional_inputs_are_not_followed():
 
     x, most = torch.randn(9, 4), MOST // 8
     assert capture(Cut(), (x, torch.full((most,), 3))).read == (1,)
-    for lengths in (torch.full((most + 1,), 3), torch.full((2,), 3.0)):
+    for lengths in (torch.full((most + 1,), 3), torch.full((2, 2), 3.0), torch.ones(2)):
         with pytest.raises(CaptureError):
             capture(Cut(), (x, lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_any_type_are_followed(dtype):
+    """As pipelines pass them: in the type of the hidden states."""
+    model = Function(lambda x, mask: x[:, : int(mask.sum(1).max())]).eval().requires_grad_(False)
+    streamed = fxstream.optimize(model, "min")
+    x = torch.randn(2, 5, 8)
+    for mask in (MASK, MASK[:, :3], ~MASK):
+        assert torch.allclose(streamed(x, mask.to(dtype)), model(x, mask.to(dtype)))
+    assert len(streamed.plans) == 3
+    with pytest.raises(CaptureError):
+        streamed(x, MASK.to(dtype) / 2)
 
 
 def test_inputs_are_followed_in_their_own_layout():

@@ -1032,6 +1032,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     ),
     "a normalized dimension": (aten.layer_norm.default, (rand(2, 4, 6), [6]), {}, Slice(2, 6)),
     "an axis in no single dimension": (aten.view.default, (rand(2, 3, 4), [6, 4]), {}, Slice(0, 6)),
+    "a few behind many": (aten.slice.Tensor, (rand(2, 11), 1, 8, 11), {}, Slice(1, 3)),
     "unequal parts of a split": (aten.split_with_sizes.default, (rand(2, 6), [2, 1, 3], 1), {}, Slice(1, 2)),
     "a dimension that squeeze may drop": (aten.squeeze.dim, (rand(4, 2), 0), {}, Slice(0, 4)),
     "a reversed dimension": (aten.flip.default, (rand(4, 2), [0]), {}, Slice(0, 4)),

@@ -246,6 +246,10 @@ def test_resampling_and_pooling(cases: Cases, dtype: torch.dtype) -> None:
     video = randn(1, 32, 4, 12, 16, dtype=dtype)
     for view in (video, video[:, :, 1:3]):
         cases.add(aten.upsample_nearest3d.vec, view, None, [2.0, 2.0, 2.0])
+    frames = randn(1, 4, 32, 12, 16, dtype=dtype).transpose(1, 2)
+    for view, pads in (*((view, [1] * 4) for view in slices(image)), (video[:, :, 1:3], [1] * 6), (frames, [1] * 6)):
+        for mode in ("constant", "circular", "reflect", "replicate"):
+            cases.add(aten.pad.default, view, pads, mode)
     signal = randn(4, 32, 640, dtype=dtype)
     cases.add(aten.conv_transpose1d.default, signal, randn(32, 32, 4, dtype=dtype), None, [2], slack=4 << 20)
 
