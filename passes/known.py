@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-MOST = 4 << 20
+MOST = 2 << 20
 """Bytes of the largest tensor that is followed."""
 
 ASKING: set[Callable[..., Any]] = {
@@ -133,7 +133,7 @@ class KnownValues(TorchFunctionMode):
         return pytree.tree_map_only(Tensor, constant, values)
 
     def _by_positions(self, index: Any) -> Any:
-        """An index with the positions of what is true instead of each mask that is known."""
+        """An index with the positions of what is true for each mask that is known, and known bounds as numbers."""
         positions: list[Any] = []
         for entry in index if isinstance(index, tuple) else (index,):
             if isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.dim() and id(entry) in self._known:
@@ -141,9 +141,15 @@ class KnownValues(TorchFunctionMode):
                 with _out_of_sight():
                     where = value.nonzero(as_tuple=True)
                 positions.extend(self._constants(where, entry.device, sources))
+            elif isinstance(entry, slice):
+                positions.append(slice(*map(self._number, (entry.start, entry.stop, entry.step))))
             else:
                 positions.append(entry)
         return tuple(positions) if isinstance(index, tuple) or len(positions) != 1 else positions[0]
+
+    def _number(self, bound: Any) -> Any:
+        """A slice's bound, as a number where it is a tensor that is known."""
+        return self.__torch_function__(Tensor.__index__, (), (bound,)) if id(bound) in self._known else bound
 
     def _by_repeated_positions(self, input: Tensor, repeats: Any, dim: int | None = None, **rest: Any) -> Any:
         """A repetition, as a function and its arguments: by positions where it is known how often each is repeated."""

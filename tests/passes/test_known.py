@@ -58,6 +58,7 @@ ASKED = {
     "positions of a mask by dimension": lambda x, mask: x[mask.nonzero(as_tuple=True)],
     "lengths": lambda x, mask: [row[:length] for row, length in zip(x, mask.sum(1).tolist(), strict=True)],
     "a count": lambda x, mask: x[:, : int(mask.sum(1).max())],
+    "a bound": lambda x, mask: x[:, : mask.sum(1)[0]],
     "a branch": lambda x, mask: x * 2 if mask.all() else x[mask] * 3,
     "a number": lambda x, mask: x / mask.sum().item(),
     "repeats": lambda x, mask: x[0].repeat_interleave(mask[0].long() + 1, dim=0),
