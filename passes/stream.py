@@ -192,9 +192,8 @@ def _stream(graph_module: fx.GraphModule, budget: int | None, spare: float, most
     The bodies of loops may be changed; those within an outer loop's body only where that has outer loops, too.
     """
     before = profile(graph_module)
-    unchanged = Streamed(graph_module, (), Program(graph_module), before)
     if not before.peak_bytes or (budget is not None and before.peak_bytes <= budget):
-        return unchanged
+        return _unchanged(graph_module, before)
     deep = most_outer > 0
     least = LARGE_SHARE * before.peak_bytes
     program = Program(split_reductions(split_norms(schedule(graph_module), least), least))
@@ -208,8 +207,8 @@ def _stream(graph_module: fx.GraphModule, budget: int | None, spare: float, most
     candidates = _candidates(program, range(len(program)))
     grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
     if outer is None:
-        return _lowest(unchanged, _flat(program, grouping, budget, spare, deep))
-    if budget is None:
+        found.append(_flat(program, grouping, budget, spare, deep))
+    elif budget is None:
         if grouping.lowest_bytes() < found[0].after.peak_bytes:
             found.append(_flat(program, grouping, None, spare, deep))
     else:
@@ -218,11 +217,12 @@ def _stream(graph_module: fx.GraphModule, budget: int | None, spare: float, most
             if found[0].after.peak_bytes <= budget:
                 return found[0]
         found.append(_nested(program, outer, costs, budget, spare, most_outer))
-    return _lowest(unchanged, *found)
+    best = min(found, key=lambda streamed: streamed.after.peak_bytes)
+    return best if best.after.peak_bytes < before.peak_bytes else _unchanged(graph_module, before)
 
 
-def _lowest(*found: Streamed) -> Streamed:
-    return min(found, key=lambda streamed: streamed.after.peak_bytes)
+def _unchanged(graph_module: fx.GraphModule, before: MemoryProfile) -> Streamed:
+    return Streamed(graph_module, (), Program(graph_module), before)
 
 
 def _costs(program: Program) -> CostModel:
