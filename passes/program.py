@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 
 from fxstream.passes import rules as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.axes import Call, Cut, Slice, backward, forward, with_arguments
+from fxstream.passes.cost import CONVOLUTIONS, convolves_plainly
 from fxstream.passes.flops import flops
 from fxstream.passes.layout import slice_layout
 from fxstream.passes.liveness import Liveness, analyze, bytes_of
 from fxstream.passes.propagate import fake_mode_of, fake_tensor
-from fxstream.passes.workspace import CONVOLUTIONS, call_workspace_bytes, convolves_plainly, has_workspace
+from fxstream.passes.workspace import call_workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,6 @@ class Program:
         ``inside`` tells which of its tensors are the body's own, the others being windows of whole ones.
         """
         value = self.values[index]
-        if not self.liveness.transient[index] and (all(inside) or not has_workspace(value.call.target)):
-            return 0.0, 0.0
         key = (value.layout, out, inside)
         if key not in self._memo:
             long, short = max(1, out.extent // 4), max(1, out.extent // 16)
