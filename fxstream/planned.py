@@ -13,6 +13,7 @@ from torch import fx
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import MemoryBudgetError
 from fxstream.passes.graph.capture import Captured, capture
+from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.stream import stream
@@ -57,7 +58,8 @@ def plan_captured(
     resident: Resident | None = None,
 ) -> Compiled:
     """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
-    graph_module = normalize(captured.graph_module)
+    with internal_errors("normalizing", captured.graph_module):
+        graph_module = normalize(captured.graph_module)
     fitted, made = fit_graph(graph_module, budget, time.perf_counter() - began, allow_recompute, resident)
     return Compiled(captured, fitted, made, fitted, resident)
 
@@ -77,17 +79,19 @@ def fit_graph(
     share refers to its peak. Its capture took ``seconds``.
     """
     planning = time.perf_counter()
-    before = profile(graph_module)
+    with internal_errors("planning", graph_module):
+        before = profile(graph_module)
     model = model or before
     held = (model.weight_bytes if resident is None else resident.bytes) + int(model.input_bytes)
     if budget is None:
         allowed: int | None = before.peak_bytes
     else:
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
-    streamed = stream(graph_module, allowed, allow_recompute)
-    if allowed is not None and streamed.after.peak_bytes > allowed:
-        streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
-    made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
+    with internal_errors("planning", graph_module):
+        streamed = stream(graph_module, allowed, allow_recompute)
+        if allowed is not None and streamed.after.peak_bytes > allowed:
+            streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
+        made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
     if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
         raise _budget_error(made, budget, allowed, held, held_bytes, resident)
     return streamed.graph_module, made

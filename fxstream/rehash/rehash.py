@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from fxstream.budget import Budget, Resident
 from fxstream.module import Check, StreamedModule, always
 from fxstream.passes.graph.capture import Inputs, capture
+from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.planned import compiled_by, fit_graph
@@ -348,7 +349,8 @@ def rehash_module(
         began = time.perf_counter()
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
         captured = capture(model, args, kwargs)
-        normalize(captured.graph_module)
+        with internal_errors("normalizing", captured.graph_module):
+            normalize(captured.graph_module)
         before, seconds = profile(captured.graph_module), time.perf_counter() - began
 
         def fit(graph_module: fx.GraphModule, held_bytes: int) -> tuple[Callable[..., Any], Plan]:

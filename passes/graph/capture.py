@@ -11,6 +11,7 @@ import inspect
 import linecache
 import logging
 import operator
+import os
 import re
 import warnings
 from collections import OrderedDict
@@ -31,11 +32,16 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 from fxstream.passes.graph.collector import collector_paused
+from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
 from fxstream.passes.graph.propagate import propagate_layouts
 
 _TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+_PYTHON, _PACKAGES = str(Path(linecache.__file__).parent), f"{os.sep}site-packages{os.sep}"
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+WRITING = {torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2}
+"""How a custom operator that writes to its arguments stands in a graph: it writes to copies, which are returned."""
+
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
 ROOT = "model"
 """Name under which a captured graph holds the user's module."""
@@ -58,7 +64,12 @@ class Inputs:
 
     @staticmethod
     def of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        return Inputs(*flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)})))
+        inputs = Inputs(*flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)})))
+        for index, x in enumerate(inputs.tensors):
+            if x.is_nested or x.layout is not torch.strided:
+                kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+                raise CaptureError(f"input tensor {index} is {kind}, which fxstream can't plan for: pass a dense one")
+        return inputs
 
     def without_tensors(self) -> Inputs:
         """How the call is put together, alone: nothing here keeps an example's tensors alive."""
@@ -268,8 +279,9 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     except Exception as error:
         raise _capture_error(module, error) from error
     _check_static(exported, module)
-    graph_module = _graph_module(exported, module)
-    propagate_layouts(graph_module)
+    with internal_errors("capture", exported.graph_module):
+        graph_module = _graph_module(exported, module)
+        propagate_layouts(graph_module)
     return Captured(graph_module, inputs.without_tensors(), *results[-1], read=tuple(sorted(known.read)))
 
 
@@ -406,7 +418,7 @@ def _check_static(exported: torch.export.ExportedProgram, module: nn.Module) -> 
         if node.op != "call_function":
             continue
         if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
-            if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target in WRITING:
                 continue  # arithmetic on a symbolic size: what made the size is named instead
             what = f"{node.target} has graphs of its own"
             advice = f"Replace {node.target} there by operators on tensors, such as torch.where."
@@ -431,7 +443,8 @@ _OPERATORS = (
 
 
 def _is_users(file: str) -> bool:
-    return not file.startswith((_TORCH, _PASSES, "<eval", "<string"))
+    pythons = file.startswith(_PYTHON) and _PACKAGES not in file
+    return not pythons and not file.startswith((_TORCH, _PASSES, "<eval", "<string"))
 
 
 def _is_symbolic(value: Any) -> bool:
