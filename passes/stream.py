@@ -15,20 +15,20 @@ from itertools import islice
 
 from torch import fx
 
-from fxstream.loop import SlicedLoop
-from fxstream.passes.candidates import Candidate, find_candidates, whole
-from fxstream.passes.collector import collector_paused
-from fxstream.passes.cost import CostModel, cost_model
-from fxstream.passes.flops import flops
-from fxstream.passes.grouping import Group, Grouping, lengths_of
-from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
-from fxstream.passes.program import Program
-from fxstream.passes.recompute import recompute
-from fxstream.passes.runs import find_runs
-from fxstream.passes.schedule import schedule
-from fxstream.passes.slicing import Slicer
-from fxstream.passes.split_norms import split_norms
-from fxstream.passes.split_reductions import split_reductions
+from fxstream.passes.graph.collector import collector_paused
+from fxstream.passes.graph.flops import flops
+from fxstream.passes.graph.liveness import MemoryProfile, profile, tensors_of
+from fxstream.passes.machine.cost import CostModel, cost_model
+from fxstream.passes.planning.candidates import Candidate, find_candidates, whole
+from fxstream.passes.planning.grouping import Group, Grouping, lengths_of
+from fxstream.passes.planning.program import Program
+from fxstream.passes.planning.runs import find_runs
+from fxstream.passes.rewriting.recompute import recompute
+from fxstream.passes.rewriting.schedule import schedule
+from fxstream.passes.rewriting.slicing import Slicer
+from fxstream.passes.rewriting.split_norms import split_norms
+from fxstream.passes.rewriting.split_reductions import split_reductions
+from fxstream.runtime.loop import SlicedLoop
 
 HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live, or will be at the next node."""
@@ -97,8 +97,11 @@ def stream(
     ``allow_recompute`` values may be computed twice, where the budget can't be met without. Outer loops make at most
     ``most_outer`` bodies, all together.
     """
-    spare = MOST_ADDED * sum(flops(graph_module).values()) if allow_recompute else 0.0
-    return _recomputed(graph_module, budget, spare, most_outer)
+    found = _recomputed(graph_module, budget, 0.0, most_outer)
+    if not allow_recompute or (budget is not None and found.after.peak_bytes <= budget):
+        return found
+    spare = MOST_ADDED * sum(flops(graph_module).values())
+    return min(found, _recomputed(graph_module, budget, spare, most_outer), key=lambda each: each.after.peak_bytes)
 
 
 def _recomputed(graph_module: fx.GraphModule, budget: int | None, spare: float, most_outer: int) -> Streamed:

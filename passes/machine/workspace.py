@@ -1,0 +1,186 @@
+"""Workspaces: memory that an operator's kernel allocates and frees again before it returns, as measured.
+
+A kernel chooses what it allocates by its machine, its arguments, their layouts and their sizes; no formula holds on the
+next machine. So a call is run on the device, on tensors of its layout. One that takes too long for that is measured
+smaller: at two lengths of a dimension of its output, as the operator's rule makes inputs for those, and what it
+allocates is taken to grow along that dimension as it did between them; where one dimension is not enough, along
+several. Each answer is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
+from fxstream.passes.machine import allocations
+from fxstream.passes.machine.allocations import Trace, apart, workspace_of
+from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
+
+MOST_BYTES, MOST_FLOPS = 32 << 20, 1 << 28
+"""A call that moves or computes more is measured smaller."""
+
+
+def workspace_bytes(node: fx.Node) -> int:
+    """Bytes that the kernel of ``node`` allocates for itself, from the node's fake values."""
+    if not isinstance(node.target, OpOverload):
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return call_workspace_bytes(node.target, node.meta["val"], args, kwargs)
+
+
+def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Bytes that the kernel of a call allocates for itself, from the call's fake values."""
+    device = next((x.device for x in pytree.tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)), None)
+    if device is None or device.type not in ("cpu", "cuda") or _is_view(target):
+        return 0
+    key = _key(target, args, kwargs)
+    if key not in _KNOWN:
+        with unset_fake_temporarily():
+            call = _on_meta(target, args, kwargs)
+            try:
+                _KNOWN[key] = workspace_of(apart(lambda: _measure(call, device)))
+            except Exception as error:
+                import sys
+                print("UNKNOWN", target, key[1], type(error), str(error)[:200], file=sys.stderr)
+                _KNOWN[key] = 0
+    return _KNOWN[key]
+
+
+_KNOWN: dict[Any, int] = {}
+
+
+def _is_view(target: OpOverload) -> bool:
+    """Whether what a call returns is what it was given, or a copy of that: a view allocates nothing else."""
+    return all(each.alias_info is not None for each in target._schema.returns)
+
+
+def _key(target: OpOverload, args: Any, kwargs: Any) -> Any:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    known = tuple(
+        (tuple(x.shape), x.stride(), x.dtype, x.device.type, x.requires_grad)
+        if isinstance(x, Tensor)
+        else (type(x), repr(x))
+        for x in leaves
+    )
+    return target, known, spec, torch.get_num_threads()
+
+
+def _on_meta(target: OpOverload, args: Any, kwargs: Any) -> Call:
+    """The call on tensors that have no memory, strides kept as far as they make a difference."""
+
+    def meta(x: Tensor) -> Tensor:
+        stride = restrided(x.shape, x.stride(), x.shape)
+        return torch.empty_strided(x.shape, stride, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
+
+    args, kwargs = pytree.tree_map_only(Tensor, meta, (tuple(args), dict(kwargs)))
+    return Call(target, args, kwargs, None)
+
+
+def restrided(shape: Sequence[int], stride: Sequence[int], new: Sequence[int]) -> list[int]:
+    """Strides of a tensor of another shape that lies in memory like this one: the same order, gaps where it has any.
+
+    How wide a gap is makes no difference: it becomes as wide as what lies before it.
+    """
+    result, dense, new_dense = list(stride), 1, 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (stride[dim], -dim)):
+        if stride[dim] >= dense:
+            result[dim] = new_dense * (1 if stride[dim] == dense else 2)
+            dense, new_dense = stride[dim] * shape[dim], result[dim] * new[dim]
+    return result
+
+
+@dataclass
+class _Cost:
+    bytes: int
+    flops: int
+
+    def share(self, part: float) -> bool:
+        """Whether that part of it can be measured."""
+        return self.bytes * part <= MOST_BYTES and self.flops * part <= MOST_FLOPS
+
+
+def _measure(call: Call, device: torch.device) -> Trace:
+    key = (_key(call.target, call.args, call.kwargs), device.type)
+    if key not in _POINTS:
+        _POINTS[key] = _grown(call, device)
+    return _POINTS[key]
+
+
+_POINTS: dict[Any, Trace] = {}
+
+
+def _grown(call: Call, device: torch.device) -> Trace:
+    """What a call allocates, of itself or as it grows from smaller ones."""
+    call, cost = _costed(call)
+    if cost.share(1):
+        return allocations.trace_of(call.target, call.args, call.kwargs, device)
+    least = 1 << (max(2, torch.get_num_threads()) - 1).bit_length()
+    for dim, cut in _cuts(call):
+        size = call.shape[dim]
+        high = 1 << ((size - 1).bit_length() - 1)
+        while high > 2 * least and not cost.share(high / size):
+            high //= 2
+        if high < 2 * least:
+            continue
+        (short, few), (long, many) = (_smaller(call, cut, dim, length) for length in (high // 2, high))
+        if not few < many < size:
+            continue
+        low, top = _measure(short, device), _measure(long, device)
+        if len(low) != len(top):
+            low = (0,) * len(top)
+            few = 0
+        return tuple(b + (b - a) * (size - many) / (many - few) for a, b in zip(low, top, strict=True))
+    return allocations.trace_of(call.target, call.args, call.kwargs, device)
+
+
+def _costed(call: Call) -> tuple[Call, _Cost]:
+    """The call with what it returns, and its cost."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            out = call.target(*call.args, **call.kwargs)
+    except (RuntimeError, NotImplementedError):  # the operator can't be told without running it
+        out = ()
+    tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs, out)) if isinstance(x, Tensor)]
+    cost = _Cost(sum(x.numel() * x.element_size() for x in tensors), counter.get_total_flops())
+    return Call(call.target, call.args, call.kwargs, out), cost
+
+
+def _cuts(call: Call) -> list[tuple[int, Cut]]:
+    """Dimensions of the output that can be made smaller, and how: those first that the first input has too."""
+    found = []
+    for dim, size in enumerate(call.shape if isinstance(call.out, Tensor) else ()):
+        cut = backward(call, Slice(dim, size)) if size > 1 else None
+        if cut is not None and any(piece is not None for piece in cut.inputs):
+            found.append((dim, cut))
+    return sorted(found, key=lambda each: each[1].inputs[0] is None)
+
+
+def _smaller(call: Call, cut: Cut, dim: int, length: int) -> tuple[Call, int]:
+    """A call that computes the first ``length`` steps of the output, or some more; and how many."""
+    part = (0, length)
+    first, last = cut.window(part)
+    parts = iter(
+        x if piece is None else _resized(x, piece.resized(x.shape, last - first))
+        for x, piece in zip(call.tensors, cut.inputs, strict=True)
+    )
+    args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(parts), (call.args, dict(call.kwargs)))
+    args, kwargs = with_arguments(call.target, args, kwargs, cut.place(part, (first, last))[0])
+    out = call.target(*args, **kwargs)
+    smaller = Call(call.target, args, kwargs, out)
+    return smaller, smaller.shape[dim]
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    stride = restrided(tensor.shape, tensor.stride(), shape)
+    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
