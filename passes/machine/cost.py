@@ -88,7 +88,7 @@ def convolves_plainly(target: Any, args: Sequence[Any], shape: Sequence[int]) ->
 
     This is torch's own choice between oneDNN and its plain kernels (`use_mkldnn` of ATen's Convolution.cpp).
     """
-    if target not in CONVOLUTIONS or args[0].device.type != "cpu":
+    if target not in CONVOLUTIONS or args[0].is_cuda:
         return False
     given: tuple[Any, ...] = (*args, *(None, 1, 0, 1, 1)[len(args) - 2 :])
     input, weight, _, stride, _, dilation, groups = given

@@ -9,9 +9,8 @@ several. Each answer is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -24,10 +23,31 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.machine import allocations
 from fxstream.passes.machine.allocations import Trace, apart, workspace_of
+from fxstream.passes.machine.cost import convolves_plainly
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
 
-MOST_BYTES, MOST_FLOPS = 32 << 20, 1 << 28
-"""A call that moves or computes more is measured smaller."""
+MOST_BYTES, MOST_FLOPS, SLOW = 64 << 20, 1 << 30, 8
+FARTHEST = 16
+"""A call that moves or computes more is measured smaller, or not at all if that many times more; what a FLOP
+counts where torch's plain convolution does it."""
+
+
+Workspace = Callable[..., int]
+_STATED: dict[OpOverload, Workspace] = {}
+
+
+def workspace(*targets: OpOverload) -> Callable[[Workspace], Workspace]:
+    """Register a function as the workspace of operators: called with the output's fake value, then the arguments.
+
+    For operators of one's own, which may do more than compute and so are never run to be measured.
+    """
+
+    def register(function: Workspace) -> Workspace:
+        for target in targets:
+            _STATED[target] = function
+        return function
+
+    return register
 
 
 def workspace_bytes(node: fx.Node) -> int:
@@ -40,8 +60,10 @@ def workspace_bytes(node: fx.Node) -> int:
 
 def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Bytes that the kernel of a call allocates for itself, from the call's fake values."""
+    if target in _STATED:
+        return _STATED[target](out, *args, **kwargs)
     device = next((x.device for x in pytree.tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)), None)
-    if device is None or device.type not in ("cpu", "cuda") or _is_view(target):
+    if device is None or device.type not in ("cpu", "cuda") or target.namespace not in MEASURED or _is_view(target):
         return 0
     key = _key(target, args, kwargs)
     if key not in _KNOWN:
@@ -49,12 +71,13 @@ def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwar
             call = _on_meta(target, args, kwargs)
             try:
                 _KNOWN[key] = workspace_of(apart(lambda: _measure(call, device)))
-            except Exception as error:
-                import sys
-                print("UNKNOWN", target, key[1], type(error), str(error)[:200], file=sys.stderr)
+            except Exception:  # of any kernel
                 _KNOWN[key] = 0
     return _KNOWN[key]
 
+
+MEASURED = frozenset({"aten", "prims", "quantized", "quantized_decomposed", "mkldnn", "fxstream"})
+"""Operators that do nothing but compute, by their namespaces. Those of a user may do more, and are not run."""
 
 _KNOWN: dict[Any, int] = {}
 
@@ -130,17 +153,26 @@ def _grown(call: Call, device: torch.device) -> Trace:
         high = 1 << ((size - 1).bit_length() - 1)
         while high > 2 * least and not cost.share(high / size):
             high //= 2
-        if high < 2 * least:
+        if size < 3:
             continue
         (short, few), (long, many) = (_smaller(call, cut, dim, length) for length in (high // 2, high))
         if not few < many < size:
             continue
         low, top = _measure(short, device), _measure(long, device)
-        if len(low) != len(top):
-            low = (0,) * len(top)
-            few = 0
-        return tuple(b + (b - a) * (size - many) / (many - few) for a, b in zip(low, top, strict=True))
+        grown = _line(low, top, (size - many) / (many - few))
+        if grown is not None:
+            return grown
+    if not cost.share(1 / FARTHEST):
+        raise RuntimeError(f"{call.target} can't be measured smaller")
     return allocations.trace_of(call.target, call.args, call.kwargs, device)
+
+
+def _line(low: Trace, top: Trace, steps: float) -> Trace | None:
+    """What a trace that grew from ``low`` to ``top`` becomes, or None where the kernel does other things there."""
+    if len(low) != len(top):
+        return None
+    grown = tuple(round(b + (b - a) * steps) for a, b in zip(low, top, strict=True))
+    return None if any(a * b < 0 for a, b in zip(grown, top, strict=True)) else grown
 
 
 def _costed(call: Call) -> tuple[Call, _Cost]:
@@ -152,7 +184,8 @@ def _costed(call: Call) -> tuple[Call, _Cost]:
     except (RuntimeError, NotImplementedError):  # the operator can't be told without running it
         out = ()
     tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs, out)) if isinstance(x, Tensor)]
-    cost = _Cost(sum(x.numel() * x.element_size() for x in tensors), counter.get_total_flops())
+    slow = SLOW if convolves_plainly(call.target, call.args, call.tensors[0].shape) else 1
+    cost = _Cost(sum(x.numel() * x.element_size() for x in tensors), slow * counter.get_total_flops())
     return Call(call.target, call.args, call.kwargs, out), cost
 
 
