@@ -20,6 +20,8 @@ from torch._C import _autograd, _profiler
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from fxstream.passes.machine.kept import Trace
+
 T = TypeVar("T")
 
 
@@ -43,10 +45,6 @@ def apart(function: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return result[0]
-
-
-Trace = tuple[int, ...]
-"""Bytes of each allocation of a call, and of each release as a negative number, in their order."""
 
 
 def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> Trace:
