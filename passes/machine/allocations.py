@@ -8,7 +8,7 @@ what is on around us change what is measured, nor are profiles of the user's dis
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from threading import Thread
@@ -66,10 +66,13 @@ def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -
     raise error
 
 
-def workspace_of(trace: Sequence[int]) -> int:
-    """The most that is allocated at once, beyond what is left in the end."""
+def workspace_of(trace: Trace, made: int) -> int:
+    """The most that is allocated at once, beyond what is left of it in the end, or ``made`` where more is left.
+
+    Some kernels return a tensor in a storage that is larger than it.
+    """
     live = list(accumulate(trace, initial=0))
-    return round(max(live) - live[-1])
+    return max(0, max(live) - min(live[-1], made))
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwar
     key = (target, _alike(args, kwargs, lambda x: x.stride()), device.type, *_circumstances())
     if key not in _KNOWN:
         trace = _trace(target, args, kwargs, device)
-        _KNOWN[key] = None if trace is None else workspace_of(trace)
+        _KNOWN[key] = None if trace is None else workspace_of(trace, _made(out, args, kwargs))
     return _KNOWN[key] or 0
 
 
@@ -114,6 +114,13 @@ def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> 
 
 MEASURED = frozenset({"aten", "prims", "quantized", "quantized_decomposed", "mkldnn", "fxstream"})
 """Operators that do nothing but compute, by their namespaces. Those of a user may do more, and are not run."""
+
+
+def _made(out: Any, args: Any, kwargs: Any) -> int:
+    """Bytes that a call's results are counted with."""
+    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    storages = [x.untyped_storage() for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+    return sum({each._cdata: each.nbytes() for each in storages if each._cdata not in given}.values())
 
 
 def _is_view(target: OpOverload) -> bool:
