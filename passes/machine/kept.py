@@ -25,9 +25,16 @@ def folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fxstream"
 
 
+def is_here(device: str) -> bool:
+    """Whether calls can be measured on a device of that type."""
+    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+
+
 @cache
 def machine_name(device: str) -> str:
     """A device as its kernels see it: its model, what instructions they use, and torch's version."""
+    if not is_here(device):
+        return f"some {device} device"
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return f"{torch.cuda.get_device_name()}, {capability}, CUDA {torch.version.cuda}, torch {torch.__version__}"
@@ -45,12 +52,17 @@ def _processor() -> str:
     return found[1].strip() if found else os.uname().machine
 
 
+def slug(name: str) -> str:
+    """A machine's name as one of a file."""
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
 class Kept:
     """Traces of calls by their keys, of one machine; None where a call can't be run."""
 
     def __init__(self, device: str) -> None:
         self.name = machine_name(device)
-        self.path = folder() / "workspaces" / (re.sub(r"[^\w.+-]+", "-", self.name) + ".jsonl")
+        self.path = folder() / "workspaces" / f"{slug(self.name)}.jsonl"
         self.traces: dict[str, Trace | None] = {}
         self._new: list[str] = []
         try:

@@ -24,7 +24,7 @@ from fxstream.passes import operators as _rules  # noqa: F401  (registers the ru
 from fxstream.passes.machine import allocations
 from fxstream.passes.machine.allocations import apart, workspace_of
 from fxstream.passes.machine.cost import convolves_plainly
-from fxstream.passes.machine.kept import Kept, Trace, folder, kept
+from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
 
 MOST_BYTES, MOST_FLOPS, SLOW = 64 << 20, 1 << 30, 8
@@ -64,7 +64,7 @@ def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwar
     if target in _STATED:
         return _STATED[target](out, *args, **kwargs)
     device = next((x.device for x in pytree.tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)), None)
-    if device is None or device.type not in ("cpu", "cuda") or _is_view(target):
+    if device is None or _is_view(target):
         return 0
     key = (target, _alike(args, kwargs, lambda x: x.stride()), device.type, *_circumstances())
     if key not in _KNOWN:
@@ -95,7 +95,9 @@ def _circumstances() -> tuple[Any, ...]:
 
 
 def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> Trace | None:
-    """What a call allocates: as it is kept, or measured now."""
+    """What a call allocates: as it is kept, or measured now. None where it can't be run here."""
+    if not is_here(device.type):
+        return None
     table = kept(device.type, folder())
     name = _name(target, args, kwargs)
     if name not in table.traces:
