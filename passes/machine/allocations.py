@@ -24,6 +24,9 @@ from fxstream.passes.machine.kept import Trace
 
 T = TypeVar("T")
 
+ALIGNMENT = 64
+"""Bytes that torch's CPU allocator aligns to: a wrapped number takes less."""
+
 
 def apart(function: Callable[[], T]) -> T:
     """What a function returns, run in a fresh thread with as many threads for kernels as this one."""
@@ -69,10 +72,11 @@ def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -
 def workspace_of(trace: Trace, made: int) -> int:
     """The most that is allocated at once, beyond what is left of it in the end, or ``made`` where more is left.
 
-    Some kernels return a tensor in a storage that is larger than it.
+    Some kernels return a tensor in a storage that is larger than it. A number that becomes a tensor is not counted.
     """
     live = list(accumulate(trace, initial=0))
-    return max(0, max(live) - min(live[-1], made))
+    beyond = max(live) - min(live[-1], made)
+    return beyond if beyond >= ALIGNMENT else 0
 
 
 @contextmanager
