@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from threading import Thread
 from typing import Any, TypeVar
@@ -58,7 +59,7 @@ def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -
     error: Exception | None = None
     for fill in (_easy, _regular):
         try:
-            given = pytree.tree_map_only(Tensor, lambda x, fill=fill: fill(_room(x, device)), (args, kwargs))
+            given = pytree.tree_map_only(Tensor, partial(_made, fill, device), (args, kwargs))
             with _kept_generators(device), _traced(device) as trace:
                 out = target(*given[0], **given[1])
             del out
@@ -111,6 +112,10 @@ def _room(like: Tensor, device: torch.device) -> Tensor:
         buffer = torch.zeros(size, dtype=like.dtype, device=device)
     room = buffer.new_empty(0).set_(buffer.untyped_storage(), 0, like.shape, like.stride())  # kernels ask for views
     return room.requires_grad_(like.requires_grad)
+
+
+def _made(fill: Callable[[Tensor], Tensor], device: torch.device, like: Tensor) -> Tensor:
+    return fill(_room(like, device))
 
 
 def _easy(tensor: Tensor) -> Tensor:

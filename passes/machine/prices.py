@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -31,7 +32,7 @@ def measure_prices(device: torch.device, progress: Callable[[str], None] = lambd
         progress(f"memory, {size >> 20} MiB at once")
         x = torch.zeros(size // 8, device=device)
         calls = max(1, (64 << 20) // size)
-        rates.append(max(1e-15, (_seconds(lambda x=x: x.add(1), device, calls=calls) - launch) / size))
+        rates.append(max(1e-15, (_seconds(partial(x.add, 1), device, calls=calls) - launch) / size))
     progress("products")
     a = torch.zeros(512, 512, device=device)
     flop = _seconds(lambda: a @ a, device, calls=4) / (2 * 512**3)
@@ -53,7 +54,7 @@ def _convolutions(device: torch.device) -> tuple[float, float]:
     pair, one = torch.zeros(2, 64, 16, 18, device=device), torch.zeros(1, 64, 16, 18, device=device)
     each = 2 * 64 * 64 * 9 * 16 * 18
     return tuple(  # type: ignore[return-value]
-        _seconds(lambda x=x: torch.conv2d(x, weight, padding=1), device, calls=4) / (each * x.shape[0])
+        _seconds(partial(torch.conv2d, x, weight, padding=1), device, calls=4) / (each * x.shape[0])
         for x in (pair, one)
     )
 
