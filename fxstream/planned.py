@@ -12,7 +12,7 @@ from torch import fx
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import MemoryBudgetError
-from fxstream.passes.graph.capture import Captured, capture
+from fxstream.passes.graph.capture import Captured, capture, written
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
@@ -94,7 +94,7 @@ def fit_graph(
         made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
     if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
         raise _budget_error(made, budget, allowed, held, held_bytes, resident)
-    return streamed.graph_module, made
+    return written(streamed.graph_module), made
 
 
 def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -176,7 +177,17 @@ def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
         return workspace_bytes(node)
     loop = graph_module.get_submodule(str(node.target))
     assert isinstance(loop, SlicedLoop)
-    return max(max(analyze(body).live_bytes(), default=0) for body in loop.graphs().values())
+    return max(map(body_bytes, loop.graphs().values()))
+
+
+_BODIES: WeakKeyDictionary[fx.GraphModule, int] = WeakKeyDictionary()
+
+
+def body_bytes(body: fx.GraphModule) -> int:
+    """The most that is live inside a loop's body, which nobody changes: analysed once."""
+    if body not in _BODIES:
+        _BODIES[body] = max(analyze(body).live_bytes(), default=0)
+    return _BODIES[body]
 
 
 def profile(graph_module: fx.GraphModule) -> MemoryProfile:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 import networkx as nx
@@ -84,16 +84,16 @@ class Grouping:
         self.program, self.costs = program, costs
         self._single = [self._price_whole(*self._traffic(index)) for index in range(len(program))]
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
-        self._options: dict[Candidate, list[Option]] = {}
-        self._fixed: set[Group] = set()
+        self._peaks: dict[Candidate, list[tuple[int, float]]] = {}
+        self._seconds: dict[tuple[Candidate, int], float] = {}
+        self._fixed: dict[Candidate, Group] = {}
         self._beyond: list[int] = []
         for candidate in candidates:
             self._by_end[candidate.end].append(candidate)
-            self._weigh(candidate)
 
     def lowest_bytes(self) -> float:
         """The lowest budget for which ``choose`` finds groups."""
-        return self._lowest(lambda candidate: min(option.peak_bytes for option in self._options[candidate]))
+        return self._lowest(lambda candidate: min(peak for _, peak in self._options(candidate)))
 
     def floor_bytes(self) -> float:
         """The lowest budget that there would be if the inside of loops took nothing."""
@@ -119,9 +119,8 @@ class Grouping:
                 segments[end] = (self._single[end], None)
             for candidate in self._by_end[end]:
                 left = budget - self._held(candidate.start, end)
-                option = next((o for o in self._options[candidate] if o.peak_bytes <= left), None)
-                known = segments.get(candidate.start)
-                if option is not None and (known is None or option.seconds < known[0]):
+                option = self._fastest(candidate, left, segments.get(candidate.start, (inf, None))[0])
+                if option is not None:
                     segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
             for start, (seconds, group) in segments.items():
                 paths.add_edge(start, end + 1, seconds=seconds, group=group)
@@ -134,9 +133,9 @@ class Grouping:
 
     def learn(self, group: Group, length: int, body_bytes: int) -> None:
         """Take in the exact peak of a body of ``length`` steps."""
-        if group not in self._fixed:
+        if group.candidate not in self._fixed:
             group.candidate.measured[length] = body_bytes
-            self._weigh(group.candidate)
+            self._forget(group.candidate)
 
     def hold_larger(self, groups: Iterable[Group]) -> bool:
         """Count what these groups' outputs hold beyond their size, in larger inputs; False where that is counted."""
@@ -159,33 +158,58 @@ class Grouping:
 
     def avoid_larger(self, group: Group) -> None:
         """Let a group write over no input that is larger than its output: what the input holds more lives on."""
-        candidate = None if group in self._fixed else group.candidate.without_larger(self.program)
+        candidate = None if group.candidate in self._fixed else group.candidate.without_larger(self.program)
         if candidate is not None:
             at = self._by_end[candidate.end]
             at[at.index(group.candidate)] = candidate
-            self._weigh(candidate)
 
     def fix(self, group: Group, body_bytes: int) -> None:
         """Add a candidate that may be used just as the group does, its bodies' peak known."""
-        candidate, slices = group.candidate, len(group.lengths)
-        self._fixed.add(group)
+        candidate = group.candidate
+        self._fixed[candidate] = group
         self._by_end[candidate.end].append(candidate)
-        peak = candidate.fixed_bytes + body_bytes
-        self._options[candidate] = [Option(self._price(candidate, slices), group.lengths, peak)]
+        self._peaks[candidate] = [(len(group.lengths), candidate.fixed_bytes + body_bytes)]
 
-    def _weigh(self, candidate: Candidate) -> None:
-        worth = max(self.costs.most_slices, int(candidate.traffic) // self.costs.least_traffic)
-        most = min(candidate.run.steps, worth)
-        counts = (*(count for count in SLICE_COUNTS if count < most), most)
-        run = candidate.run
-        stored = {run.slices[index].extent for index in candidate.outputs}
-        options = [
-            Option(self._price(candidate, n), lengths_of(run.extent, n, stored), candidate.peak_bytes(n))
-            for n in counts
-        ]
-        self._options[candidate] = sorted(options)
+    def _options(self, candidate: Candidate) -> list[tuple[int, float]]:
+        """Slice counts worth a look, fewest first, each with the peak that it makes."""
+        if candidate not in self._peaks:
+            worth = max(self.costs.most_slices, int(candidate.traffic) // self.costs.least_traffic)
+            most = min(candidate.run.steps, worth)
+            counts = (*(count for count in SLICE_COUNTS if count < most), most)
+            self._peaks[candidate] = [(count, candidate.peak_bytes(count)) for count in counts]
+        return self._peaks[candidate]
+
+    def _forget(self, candidate: Candidate) -> None:
+        for slices, _ in self._peaks.pop(candidate, ()):
+            self._seconds.pop((candidate, slices), None)
+
+    def _fastest(self, candidate: Candidate, left: float, limit: float) -> Option | None:
+        """The option of least time within ``left`` bytes, if it takes less than ``limit`` seconds."""
+        best: Option | None = None
+        for slices, peak in self._options(candidate):
+            if slices * (candidate.launches + LOOP_LAUNCHES) * self.costs.launch > limit:
+                break  # more slices take more launches still
+            if peak > left:
+                continue
+            option = Option(self._price(candidate, slices), self._lengths(candidate, slices), peak)
+            if option.seconds < limit or (best is not None and option < best):
+                best, limit = option, option.seconds
+        return best
+
+    def _lengths(self, candidate: Candidate, slices: int) -> tuple[int, ...]:
+        if candidate in self._fixed:
+            return self._fixed[candidate].lengths
+        stored = {candidate.run.slices[index].extent for index in candidate.outputs}
+        return lengths_of(candidate.run.extent, slices, stored)
 
     def _price(self, candidate: Candidate, slices: int) -> float:
+        key = candidate, slices
+        if key not in self._seconds:
+            self._seconds[key] = self._estimate(candidate, slices)
+        return self._seconds[key]
+
+    def _estimate(self, candidate: Candidate, slices: int) -> float:
+        """Seconds that a loop takes."""
         rate, launch = self.costs.rate, self.costs.launch
         working_set = candidate.body_bytes(ceil(candidate.run.extent / slices))
         whole = candidate.whole_traffic * slices * rate(candidate.whole_traffic)

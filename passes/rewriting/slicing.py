@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxstream.passes.graph.capture import rebuilt
-from fxstream.passes.graph.liveness import analyze
+from fxstream.passes.graph.capture import graph_module_of, rebuilt
+from fxstream.passes.graph.liveness import body_bytes
 from fxstream.passes.graph.normalize import is_impure
 from fxstream.passes.graph.propagate import evaluate, has_view
 from fxstream.passes.operators.axes import Span, with_arguments
@@ -117,7 +117,7 @@ class Loop:
 
     def body_bytes(self) -> dict[int, int]:
         """Length -> peak bytes inside a body of it, over the loop's inputs and outputs."""
-        peaks = {name: max(analyze(body).live_bytes(), default=0) for name, body in self.module.graphs().items()}
+        peaks = {name: body_bytes(body) for name, body in self.module.graphs().items()}
         most: dict[int, int] = {}
         for step in self.module.steps:
             most[step.length] = max(most.get(step.length, 0), peaks[step.body])
@@ -256,7 +256,7 @@ class _Body:
                 results.append(_narrowed(graph, result, piece, low - ranges.wanted[index][0], high - low))
         graph.output(tuple(results))
         graph.eliminate_dead_code(is_impure)
-        module = fx.GraphModule({}, graph, class_name="Body")
+        module = graph_module_of(graph, {}, "Body")
         fuse_norms(module)
         return module
 
