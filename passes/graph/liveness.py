@@ -120,6 +120,8 @@ class Liveness:
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors in a node's value: one, several, or none."""
+    if isinstance(value, torch.Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 

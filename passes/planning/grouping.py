@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, inf
-from typing import NamedTuple
 
 import networkx as nx
 
@@ -26,14 +25,6 @@ SLICE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 
 LOOP_LAUNCHES = 4
 """What a slice costs beside its kernels (windows, stores, the call), in launches."""
-
-
-class Option(NamedTuple):
-    """A candidate with slices of ``lengths``: estimated time and peak."""
-
-    seconds: float
-    lengths: tuple[int, ...]
-    peak_bytes: float
 
 
 @dataclass(frozen=True)
@@ -114,22 +105,22 @@ class Grouping:
         """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none."""
         paths = nx.DiGraph()
         for end, live in enumerate(self.program.live_bytes):
-            segments: dict[int, tuple[float, Group | None]] = {}
+            segments: dict[int, tuple[float, tuple[Candidate, int] | None]] = {}
             if live + self._held(end, end) <= budget:
                 segments[end] = (self._single[end], None)
             for candidate in self._by_end[end]:
                 left = budget - self._held(candidate.start, end)
-                option = self._fastest(candidate, left, segments.get(candidate.start, (inf, None))[0])
-                if option is not None:
-                    segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
-            for start, (seconds, group) in segments.items():
-                paths.add_edge(start, end + 1, seconds=seconds, group=group)
+                seconds, slices = self._fastest(candidate, left, segments.get(candidate.start, (inf, None))[0])
+                if slices:
+                    segments[candidate.start] = seconds, (candidate, slices)
+            for start, (seconds, loop) in segments.items():
+                paths.add_edge(start, end + 1, seconds=seconds, loop=loop)
         try:
             path = nx.shortest_path(paths, 0, len(self.program), weight="seconds")
         except (nx.NetworkXNoPath, nx.NodeNotFound):
             return None
-        chosen = (paths.edges[edge]["group"] for edge in pairwise(path))
-        return [group for group in chosen if group is not None]
+        chosen = (paths.edges[edge]["loop"] for edge in pairwise(path))
+        return [Group(candidate, self._lengths(candidate, slices)) for candidate, slices in filter(None, chosen)]
 
     def learn(self, group: Group, length: int, body_bytes: int) -> None:
         """Take in the exact peak of a body of ``length`` steps."""
@@ -154,7 +145,7 @@ class Grouping:
 
     def _held(self, start: int, end: int) -> int:
         """Bytes that outputs of groups hold beyond their size at one of these positions."""
-        return max(self._beyond[start : end + 1], default=0)
+        return max(self._beyond[start : end + 1], default=0) if self._beyond else 0
 
     def avoid_larger(self, group: Group) -> None:
         """Let a group write over no input that is larger than its output: what the input holds more lives on."""
@@ -183,17 +174,16 @@ class Grouping:
         for slices, _ in self._peaks.pop(candidate, ()):
             self._seconds.pop((candidate, slices), None)
 
-    def _fastest(self, candidate: Candidate, left: float, limit: float) -> Option | None:
-        """The option of least time within ``left`` bytes, if it takes less than ``limit`` seconds."""
-        best: Option | None = None
+    def _fastest(self, candidate: Candidate, left: float, limit: float) -> tuple[float, int]:
+        """The least time within ``left`` bytes and its slice count, the most on a tie; none if not below ``limit``."""
+        best = limit, 0
         for slices, peak in self._options(candidate):
-            if slices * (candidate.launches + LOOP_LAUNCHES) * self.costs.launch > limit:
+            if slices * (candidate.launches + LOOP_LAUNCHES) * self.costs.launch > best[0]:
                 break  # more slices take more launches still
-            if peak > left:
-                continue
-            option = Option(self._price(candidate, slices), self._lengths(candidate, slices), peak)
-            if option.seconds < limit or (best is not None and option < best):
-                best, limit = option, option.seconds
+            if peak <= left:
+                seconds = self._price(candidate, slices)
+                if seconds < best[0] or (best[1] and seconds == best[0]):
+                    best = seconds, slices
         return best
 
     def _lengths(self, candidate: Candidate, slices: int) -> tuple[int, ...]:
