@@ -192,6 +192,15 @@ def body_bytes(body: fx.GraphModule) -> int:
     return _BODIES[body]
 
 
+def bodies_bytes(loop: SlicedLoop) -> dict[int, int]:
+    """Length of a slice -> the most that is live inside a body of it, over the loop's inputs and outputs."""
+    peaks = {name: body_bytes(body) for name, body in loop.graphs().items()}
+    most: dict[int, int] = {}
+    for step in loop.steps:
+        most[step.length] = max(most.get(step.length, 0), peaks[step.body])
+    return most
+
+
 def profile(graph_module: fx.GraphModule) -> MemoryProfile:
     """The memory profile of a graph whose nodes carry fake values."""
     liveness = analyze(graph_module)
