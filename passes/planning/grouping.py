@@ -2,18 +2,16 @@
 
 The schedule is divided into segments: single nodes, and groups (an interval of a run, looped over slices). What is
 live across a segment does not depend on how the others are run, so the peak of each can be told alone and the best
-division is a shortest path through the schedule, one edge a segment, where edges above the budget are left out. The
-lowest reachable budget is the path whose highest edge is lowest.
+division is a shortest path along the schedule, found from its beginning on, without the segments above the budget. The
+lowest reachable budget is the path whose highest segment is lowest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, inf
-
-import networkx as nx
 
 from fxstream.passes.machine.cost import CostModel
 from fxstream.passes.planning.candidates import Candidate
@@ -102,25 +100,36 @@ class Grouping:
         return best[-1]
 
     def choose(self, budget: float) -> list[Group] | None:
-        """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none."""
-        paths = nx.DiGraph()
+        """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none.
+
+        ``times[end]`` is the least time to come to a position of the schedule, ``last[end]`` the loop that ends there
+        then, if it is one and no single node.
+        """
+        times: list[float] = [0.0]
+        last: list[tuple[Candidate, int] | None] = [None]
         for end, live in enumerate(self.program.live_bytes):
-            segments: dict[int, tuple[float, tuple[Candidate, int] | None]] = {}
-            if live + self._held(end, end) <= budget:
-                segments[end] = (self._single[end], None)
+            fits = live + self._held(end, end) <= budget
+            time, loop = times[end] + self._single[end] if fits else inf, None
             for candidate in self._by_end[end]:
-                left = budget - self._held(candidate.start, end)
-                seconds, slices = self._fastest(candidate, left, segments.get(candidate.start, (inf, None))[0])
-                if slices:
-                    segments[candidate.start] = seconds, (candidate, slices)
-            for start, (seconds, loop) in segments.items():
-                paths.add_edge(start, end + 1, seconds=seconds, loop=loop)
-        try:
-            path = nx.shortest_path(paths, 0, len(self.program), weight="seconds")
-        except (nx.NetworkXNoPath, nx.NodeNotFound):
-            return None
-        chosen = (paths.edges[edge]["loop"] for edge in pairwise(path))
-        return [Group(candidate, self._lengths(candidate, slices)) for candidate, slices in filter(None, chosen)]
+                before = times[candidate.start]
+                if before < time:
+                    left = budget - self._held(candidate.start, end)
+                    seconds, slices = self._fastest(candidate, left, time - before)
+                    if slices:
+                        time, loop = before + seconds, (candidate, slices)
+            times.append(time)
+            last.append(loop)
+        return None if times[-1] == inf else self._groups(last)
+
+    def _groups(self, last: Sequence[tuple[Candidate, int] | None]) -> list[Group]:
+        """The loops on the way back from the end."""
+        groups, end = [], len(last) - 1
+        while end:
+            loop = last[end]
+            end = end - 1 if loop is None else loop[0].start
+            if loop is not None:
+                groups.append(Group(loop[0], self._lengths(*loop)))
+        return groups[::-1]
 
     def learn(self, group: Group, length: int, body_bytes: int) -> None:
         """Take in the exact peak of a body of ``length`` steps."""
