@@ -133,6 +133,11 @@ def window_written(m: Any, x: Tensor) -> Tensor:
 MEASURED: dict[str, tuple[Callable[..., Any], list[Tensor], str | float]] = {
     "rows are written": (rows_written, [torch.randn(32, 2048)], "min"),
     "a window is written": (window_written, [torch.randn(2, 11, 15, 15, 4)], 0.85),
+    "all of a value is written": (
+        lambda m, x: (h := x.exp(), h.copy_(h * 0.5), torch.hypot(h, h + 1))[-1],
+        [torch.randn(4, 16, 12, 15)],
+        0.6,
+    ),
     "strides of dimensions of size one": (
         lambda m, x, y: (x + 1).permute(0, 2, 3, 1).reshape(34, 14, 32) + y,
         [torch.randn(34, 14, 1, 32).permute(2, 3, 0, 1), torch.randn(34, 14, 32)],
