@@ -34,9 +34,11 @@ from fxstream.passes.graph.call import Captured, Inputs
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
+from fxstream.passes.graph.parts import TARGET
+from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.propagate import propagate_layouts
 from fxstream.passes.graph.settle import settled
-from fxstream.passes.graph.snapshot import TARGET, Place, Snapshot, global_hooks, roots_of, value_at
+from fxstream.passes.graph.snapshot import Snapshot, global_hooks, roots_of
 from fxstream.passes.graph.state import Assumed, Effect, State, assume, taken_apart
 from fxstream.passes.graph.structure import TENSOR
 from fxstream.passes.graph.watching import forward_runs

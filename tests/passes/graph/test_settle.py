@@ -9,8 +9,8 @@ from torch import nn
 from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.capture import capture, roots_of_call
+from fxstream.passes.graph.places import describe
 from fxstream.passes.graph.settle import same_graph
-from fxstream.passes.graph.snapshot import describe
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 COUNTS = {}
