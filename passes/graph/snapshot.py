@@ -8,6 +8,7 @@ The look at every call (``holds``), the key by which plans are told apart (``key
 from __future__ import annotations
 
 import types
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -387,6 +388,8 @@ def _atom(value: Any) -> Any:
         return type(value), value
     if isinstance(value, slice):
         return slice, *map(_atom, (value.start, value.stop, value.step))
+    if isinstance(value, weakref.ref):
+        return type(value), value() is None  # torch's RNNs hold such to their weights, which a capture exchanges
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
         return type(value), value.tobytes()
     return _Same(value)
