@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -33,9 +34,11 @@ from fxstream.passes.graph.call import Captured, Inputs
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
+from fxstream.passes.graph.parts import TARGET
+from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.propagate import propagate_layouts
 from fxstream.passes.graph.settle import settled
-from fxstream.passes.graph.snapshot import TARGET, Place, Snapshot, global_hooks, roots_of, value_at
+from fxstream.passes.graph.snapshot import Snapshot, global_hooks, roots_of
 from fxstream.passes.graph.state import Assumed, Effect, State, assume, taken_apart
 from fxstream.passes.graph.structure import TENSOR
 from fxstream.passes.graph.watching import forward_runs
@@ -348,11 +351,24 @@ def rebuilt(
     """A graph module of another graph, over the attributes of ``source`` and further modules; weights are shared."""
     names = {str(node.target) for node in source.graph.nodes if node.op in ("get_attr", "call_module")}
     attributes = {name: operator.attrgetter(name)(source) for name in names}
-    made = fx.GraphModule({**attributes, **(modules or {})}, graph, class_name=class_name)
+    made = graph_module_of(graph, {**attributes, **(modules or {})}, class_name)
     root = getattr(source, ROOT, None)
     if root is not None:
         share_weights(made, root)
     return made
+
+
+def graph_module_of(graph: fx.Graph, attributes: Mapping[str, Any], class_name: str) -> fx.GraphModule:
+    """A graph module whose Python is written when it is first read or run: most that passes make never are."""
+    return _LazyGraphModule(dict(attributes), graph, class_name=class_name)
+
+
+def written(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph module with its Python, and that of the graphs in it, written: what several threads may call."""
+    for module in graph_module.modules():
+        if isinstance(module, _LazyGraphModule):
+            module.real_recompile()
+    return graph_module
 
 
 def module_path(node: fx.Node) -> str:

@@ -23,7 +23,7 @@ COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.defaul
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
 SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
-STORAGE_COPIES = {*SCATTERS, aten.diagonal_scatter.default}
+STORAGE_COPIES = {*SCATTERS, aten.diagonal_scatter.default, aten.copy.default}
 """Operators that copy the whole storage that their first argument lies in."""
 
 UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
