@@ -107,9 +107,11 @@ def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> 
         with unset_fake_temporarily():
             call = _on_meta(target, args, kwargs)
             try:
-                apart(lambda: _measure(call, device, table))
+                trace = apart(lambda: _measure(call, device, table))
             except Exception:  # of any kernel
-                table.add(name, None)
+                trace = None
+        if name not in table.traces:
+            table.add(name, trace)
         table.save()
     return table.traces[name]
 
