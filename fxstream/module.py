@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from fxstream.draws import generators_given
 from fxstream.errors import GradientError
 from fxstream.passes.capture import TARGET, Inputs, owner
 
@@ -166,7 +167,7 @@ class StreamedModule(nn.Module):
             return region(lambda: function(*args, **kwargs), token=self._region.token)
         inputs = Inputs.of(args, kwargs)
         compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
-        with torch.no_grad(), without_autocast(inputs.tensors):
+        with torch.no_grad(), without_autocast(inputs.tensors), generators_given(inputs.generators):
             return compiled.captured.result(self._run(compiled, inputs.tensors))
 
     def _run(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxstream.loop import Slice
+from fxstream.passes.effects import target_draws
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def backward(call: Call, out: Slice) -> Cut | None:
     function = _RULES.get(call.target)
     if function is None or out.extent < 1 or out.dim >= len(call.shape) or call.shape[out.dim] != out.size:
         return None
-    return function(call, out)
+    return None if target_draws(call.target, call.args, call.kwargs) else function(call, out)
 
 
 def forward(call: Call, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:

@@ -16,25 +16,36 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Generator, fx, nn
+from torch._inductor import config as inductor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxstream.draws import given_generator
 from fxstream.errors import CaptureError
 from fxstream.passes.collector import collector_paused
+from fxstream.passes.composites import open_composites, write_in_place
+from fxstream.passes.generators import (
+    DrawError,
+    Generators,
+    States,
+    kept_generators,
+    moves_watched,
+)
 from fxstream.passes.known import KnownValues
 from fxstream.passes.propagate import propagate_layouts
 
 _TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_PYTHON = str(Path(inspect.__file__).parent)
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
 ROOT = "model"
@@ -62,7 +73,12 @@ class Inputs:
 
     def without_tensors(self) -> Inputs:
         """How the call is put together, alone: nothing here keeps an example's tensors alive."""
-        return Inputs((), self.rest, self.spec)
+        return Inputs((), tuple(_GENERATOR if isinstance(leaf, Generator) else leaf for leaf in self.rest), self.spec)
+
+    @property
+    def generators(self) -> tuple[Generator, ...]:
+        """The leaves that are generators of random numbers: a plan serves all of a device."""
+        return tuple(leaf for leaf in self.rest if isinstance(leaf, Generator))
 
     def key(self) -> Any:
         """A value that is equal for calls that one plan serves.
@@ -70,7 +86,7 @@ class Inputs:
         Raises ``ValueError`` for an argument that can't be compared.
         """
         tensors = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.tensors)
-        rest = tuple((type(leaf), leaf.hex() if isinstance(leaf, float) else leaf) for leaf in self.rest)
+        rest = tuple((type(leaf), self._told(leaf)) for leaf in self.rest)
         try:
             hash((self.spec, rest))
         except TypeError:
@@ -80,6 +96,17 @@ class Inputs:
                 "strings, or containers that torch.utils._pytree knows"
             ) from None
         return self.spec, rest, tensors
+
+    def _told(self, leaf: Any) -> Any:
+        """What tells a leaf apart: of a generator its device, and the first leaf that is the same one."""
+        if isinstance(leaf, Generator):
+            return leaf.device, next(at for at, other in enumerate(self.generators) if other is leaf)
+        return leaf.hex() if isinstance(leaf, float) else leaf
+
+    def drawing_from(self, generators: Sequence[Generator]) -> Inputs:
+        """The same call with other generators."""
+        others = iter(generators)
+        return replace(self, rest=tuple(next(others) if isinstance(x, Generator) else x for x in self.rest))
 
     def values(self, positions: Iterable[int]) -> tuple[bytes, ...]:
         """What the tensors at these positions hold."""
@@ -99,6 +126,9 @@ class _TensorLeaf:
 
 _TENSOR = _TensorLeaf()
 """Stands for a tensor among the other leaves."""
+
+_GENERATOR = object()
+"""Stands for a generator, which no plan keeps."""
 
 
 def flatten(value: Any) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...], pytree.TreeSpec]:
@@ -184,6 +214,7 @@ class _Flat(nn.Module):
         function: Callable[..., Any],
         inputs: Inputs,
         known: KnownValues,
+        generators: Generators,
         record: Callable[[Any], None],
     ) -> None:
         super().__init__()
@@ -191,6 +222,7 @@ class _Flat(nn.Module):
         self.function = (function,)  # in a tuple, lest a module be registered twice
         self.inputs = inputs
         self.known = known
+        self.generators = generators
         self.record = record
         self.training = model.training
 
@@ -198,7 +230,7 @@ class _Flat(nn.Module):
         args, kwargs = self.inputs.call(tensors)
         self.known.follow(tensors)
         try:
-            with self.known, _assigned_buffers_written(self.function[0]):
+            with self.generators, self.known, _assigned_buffers_written(self.function[0]):
                 found, rest, spec = flatten(self.function[0](*args, **kwargs))
         except Exception as error:
             raise _ForwardError from error
@@ -256,19 +288,42 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     keywords = dict(kwargs or {})
     bind(target, args, keywords)
     inputs = Inputs.of(args, keywords)
+    kept = kept_generators(module)
+    states = States(kept)
+    try:
+        captured = _capture(module, function, inputs, kept)
+        if not states.moved():  # by the forward, or by another thread meanwhile
+            return captured
+        states.rewind()
+        with moves_watched(states, _is_users) as found:
+            captured = _capture(module, function, inputs, kept)
+        if not states.moved():
+            return captured
+        raise _draw_error(module, states.moved()[0], found)
+    except BaseException:
+        states.rewind()
+        raise
+
+
+def _capture(module: nn.Module, function: Callable[..., Any], inputs: Inputs, kept: Sequence[Any]) -> Captured:
+    """``capture``, with the generators that may be drawn from beside those of the call."""
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
     known = KnownValues(inputs.tensors)
-    flat = _Flat(module, function, inputs, known, results.append)
+    generators = Generators(inputs.generators, kept)
+    flat = _Flat(module, function, inputs.drawing_from(generators.traced), known, generators, results.append)
     try:
         with torch.no_grad(), _quiet(), _attributes_kept(module), _DataSeen():
             exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
-            exported = exported.run_decompositions({})
+            open_composites(exported.graph_module)
+            with inductor.patch(fallback_random=True):  # draws that nothing reads are kept
+                exported = exported.run_decompositions({})
+            write_in_place(exported.graph_module)
     except _ForwardError as error:
         raise _capture_error(module, error.__cause__ or error) from error.__cause__
     except Exception as error:
         raise _capture_error(module, error) from error
     _check_static(exported, module)
-    graph_module = _graph_module(exported, module)
+    graph_module = _graph_module(exported, module, generators)
     propagate_layouts(graph_module)
     return Captured(graph_module, inputs.without_tensors(), *results[-1], read=tuple(sorted(known.read)))
 
@@ -333,7 +388,7 @@ def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.
     return tuple(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in tensors)
 
 
-def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> fx.GraphModule:
+def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, generators: Generators) -> fx.GraphModule:
     """The exported graph with its lifted weights as ``get_attr`` nodes into ``module``, mutations written back."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -350,6 +405,9 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> 
                 env[node].target = env[node].name
             continue
         target = str(spec.target)
+        if isinstance(exported.constants.get(target), Generator):
+            env[node] = _generator(graph, root, *generators.source(exported.constants[target]))
+            continue
         if spec.kind is InputKind.CONSTANT_TENSOR:
             target = f"constant_{node.name}"
             root.register_buffer(target, exported.constants[str(spec.target)], persistent=False)
@@ -373,6 +431,19 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> 
     captured = fx.GraphModule(root, graph, class_name="Captured")
     share_weights(captured, module)
     return captured
+
+
+def _generator(graph: fx.Graph, root: nn.Module, place: int | None, generator: Generator) -> fx.Node:
+    """A node for a generator that is drawn from: the call's own at that place, or one that is kept."""
+    if place is not None:
+        node = graph.call_function(given_generator, (place,))
+        node.meta = {"val": Generator(generator.device)}
+        return node
+    name = f"generator_{sum(isinstance(each, Generator) for each in vars(root).values())}"
+    setattr(root, name, generator)
+    node = graph.create_node("get_attr", name)
+    node.meta = {"val": generator}
+    return node
 
 
 def share_weights(graph_module: fx.GraphModule, module: nn.Module) -> None:
@@ -431,7 +502,9 @@ _OPERATORS = (
 
 
 def _is_users(file: str) -> bool:
-    return not file.startswith((_TORCH, _PASSES, "<eval", "<string"))
+    if file.startswith(_PYTHON) and "site-packages" not in file:
+        return False
+    return not file.startswith((_TORCH, _PASSES, "<eval", "<string", "<frozen"))
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -457,8 +530,19 @@ def _capture_error(module: nn.Module, error: BaseException) -> CaptureError:
         frame = frame.tb_next
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     data_dependent = "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
-    advice = _VALUES if data_dependent else _OPERATORS
+    advice = _VALUES if data_dependent else getattr(error, "advice", _OPERATORS)
     return _error(module, path, source, f"{type(error).__name__}: {first}", advice)
+
+
+def _draw_error(module: nn.Module, generator: Any, found: Sequence[tuple[FrameType, int]]) -> CaptureError:
+    """Name the line at which a generator was drawn from or seeded that no graph draws from."""
+    names = {id(sub): name for name, sub in module.named_modules()}
+    path = source = ""
+    for frame, line in found:
+        source = f"{frame.f_code.co_filename}:{line}"
+        path = next((names[id(value)] for value in frame.f_locals.values() if id(value) in names), "")
+    kind = f"{type(generator).__module__}.{type(generator).__qualname__}"
+    return _error(module, path, source, f"forward draws from, or seeds, a {kind}", DrawError.advice)
 
 
 def _error(module: nn.Module, path: str, source: str, what: str, advice: str) -> CaptureError:

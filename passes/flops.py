@@ -35,7 +35,7 @@ def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
-            if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+            if not isinstance(node.target, OpOverload) or torch.Tag.pointwise in node.target.tags:
                 counted[node] = 0
                 continue
             key = _key(node)

@@ -242,13 +242,18 @@ def _values(schedule: Iterable[fx.Node]) -> list[Value]:
     values = []
     for node in schedule:
         leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-        reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+        reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and not is_generator(leaf))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
         call = Call(node.target, args, kwargs, node.meta["val"])  # type: ignore[arg-type]
         key = numbers.setdefault(_key(node, call), len(numbers))
         strides = tuple(tensor.stride() for tensor in call.tensors if isinstance(tensor, torch.Tensor))
         values.append(Value(node, call, reads, key, numbers.setdefault((key, strides), len(numbers))))
     return values
+
+
+def is_generator(node: fx.Node) -> bool:
+    """Whether a node gives a generator of random numbers, and no tensor."""
+    return isinstance(node.meta.get("val"), torch.Generator)
 
 
 def _key(node: fx.Node, call: Call) -> Any:

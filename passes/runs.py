@@ -15,6 +15,7 @@ from math import prod
 import torch
 
 from fxstream.passes.axes import Cut, Slice
+from fxstream.passes.effects import writes
 from fxstream.passes.program import Program, is_getitem
 
 aten = torch.ops.aten
@@ -139,6 +140,8 @@ class _Scanner:
     def scan(self) -> Run | None:
         end = self.start
         for index in range(self.start, len(self.program)):
+            if writes(self.program.values[index].node):
+                break
             from_run = (self.largest.get(at, 0) for at in self.program.reads[index])
             self.largest[index] = max(self.program.value_bytes[index], *from_run, 0)
             if index != self.start and not self._take(index):

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from fxstream.loop import Output, Slice, SlicedLoop, Step
 from fxstream.passes.axes import Span, with_arguments
 from fxstream.passes.capture import rebuilt
+from fxstream.passes.effects import stays
 from fxstream.passes.grouping import Group
 from fxstream.passes.liveness import analyze
-from fxstream.passes.normalize import is_impure
 from fxstream.passes.program import Program
 from fxstream.passes.propagate import evaluate
 from fxstream.passes.ranges import LoopInput, Ranges, infer_ranges, stored_part
@@ -72,7 +72,7 @@ class Slicer:
                 done = group.end
             else:
                 self._copy(node, graph, env, moved)
-        graph.eliminate_dead_code(is_impure)
+        graph.eliminate_dead_code(stays)
         sliced = rebuilt(source, graph, "Streamed", modules)
         fuse_norms(sliced)
         return sliced
@@ -255,7 +255,7 @@ class _Body:
                 result, piece = env[program.values[index].node], run.slices[index]
                 results.append(_narrowed(graph, result, piece, low - ranges.wanted[index][0], high - low))
         graph.output(tuple(results))
-        graph.eliminate_dead_code(is_impure)
+        graph.eliminate_dead_code(stays)
         module = fx.GraphModule({}, graph, class_name="Body")
         fuse_norms(module)
         return module

@@ -1,13 +1,13 @@
 """Split: one captured graph -> a full graph, which also returns a cut's values, and a skip graph, which takes them.
 
 The full graph computes what the model does. The skip graph computes the same from the same inputs and the cut's values,
-without what no longer counts: dead code. Both take the captured graph's inputs; the skip graph's are followed by the
-values.
+without what no longer counts: dead code. What draws or writes counts in both. Both take the captured graph's inputs;
+the skip graph's are followed by the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from fxstream.passes.capture import ROOT, module_path, share_weights
+from fxstream.passes.effects import has_effect, stays
 from fxstream.passes.liveness import bytes_of, storages_of
-from fxstream.passes.normalize import is_impure
 from fxstream.passes.propagate import fake_mode_of, propagate
 
 aten = torch.ops.aten
@@ -71,10 +71,20 @@ def returning(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphM
 
 
 def subgraph(graph_module: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
-    """The graph that computes these values alone, from the same inputs."""
+    """The graph that computes these values alone, from the same inputs, and runs beside the others.
+
+    Raises ``ValueError`` where they need what has an effect, which would then take place twice.
+    """
     graph, env = _copied(graph_module, {})
     graph.output(tuple(env[node] for node in values))
-    return _module(graph_module, graph)
+    made = _module(graph_module, graph, lambda node: node.op in ("placeholder", "output"))
+    for node in made.graph.nodes:
+        if has_effect(node):
+            raise ValueError(
+                f"{node.name} of {module_path(node) or 'the model'} draws random numbers or writes to a tensor, which "
+                "a look at an early value would do a second time: give another schedule than a threshold"
+            )
+    return made
 
 
 def _is_outside(value: fx.Node) -> bool:
@@ -119,8 +129,8 @@ def _results(graph: fx.Graph) -> Iterable[fx.Node]:
     return results
 
 
-def _module(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    graph.eliminate_dead_code(is_impure)
+def _module(source: fx.GraphModule, graph: fx.Graph, kept: Callable[[fx.Node], bool] = stays) -> fx.GraphModule:
+    graph.eliminate_dead_code(kept)
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     made = fx.GraphModule({name: attrgetter(name)(source) for name in names}, graph, class_name="Split")
     share_weights(made, source.get_submodule(ROOT))

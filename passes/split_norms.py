@@ -17,9 +17,9 @@ from torch import fx
 
 from fxstream.norm import group_moments, group_scale, group_statistics  # noqa: F401  (registers the operators)
 from fxstream.passes.axes import Call
+from fxstream.passes.effects import stays
 from fxstream.passes.expand import Nodes, derived, expand
 from fxstream.passes.liveness import analyze, bytes_of
-from fxstream.passes.normalize import is_impure
 from fxstream.passes.workspace import workspace_bytes
 
 aten, norm = torch.ops.aten, torch.ops.fxstream
@@ -96,7 +96,7 @@ def fuse_norms(graph_module: fx.GraphModule) -> None:
         else:
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure)
+    graph.eliminate_dead_code(stays)
     graph_module.recompile()
 
 
