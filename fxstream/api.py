@@ -14,6 +14,7 @@ from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import MemoryBudgetError
 from fxstream.module import Check, Region, StreamedModule, always
 from fxstream.passes.capture import Captured, Inputs, capture
+from fxstream.passes.internal import internal_errors
 from fxstream.passes.liveness import MemoryProfile, profile
 from fxstream.passes.normalize import normalize
 from fxstream.passes.stream import stream
@@ -205,7 +206,8 @@ def rehash_module(
         began = time.perf_counter()
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
         captured = capture(model, args, kwargs)
-        normalize(captured.graph_module)
+        with internal_errors("normalizing", captured.graph_module):
+            normalize(captured.graph_module)
         before, seconds = profile(captured.graph_module), time.perf_counter() - began
 
         def fit(graph_module: fx.GraphModule, held_bytes: int) -> tuple[Callable[..., Any], Plan]:
@@ -227,7 +229,8 @@ def plan_captured(
     resident: Resident | None = None,
 ) -> Compiled:
     """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
-    graph_module = normalize(captured.graph_module)
+    with internal_errors("normalizing", captured.graph_module):
+        graph_module = normalize(captured.graph_module)
     fitted, made = fit_graph(graph_module, budget, time.perf_counter() - began, allow_recompute, resident)
     return Compiled(captured, fitted, made, fitted, resident)
 
@@ -247,17 +250,19 @@ def fit_graph(
     share refers to its peak. Its capture took ``seconds``.
     """
     planning = time.perf_counter()
-    before = profile(graph_module)
+    with internal_errors("planning", graph_module):
+        before = profile(graph_module)
     model = model or before
     held = (model.weight_bytes if resident is None else resident.bytes) + int(model.input_bytes)
     if budget is None:
         allowed: int | None = before.peak_bytes
     else:
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
-    streamed = stream(graph_module, allowed, allow_recompute)
-    if allowed is not None and streamed.after.peak_bytes > allowed:
-        streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
-    made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
+    with internal_errors("planning", graph_module):
+        streamed = stream(graph_module, allowed, allow_recompute)
+        if allowed is not None and streamed.after.peak_bytes > allowed:
+            streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
+        made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
     if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
         raise _budget_error(made, budget, allowed, held, held_bytes, resident)
     return streamed.graph_module, made

@@ -42,3 +42,14 @@ class MemoryBudgetError(FxstreamError):
 
 class GradientError(FxstreamError):
     """A streamed module was called where autograd would record; it runs inference only."""
+
+
+class InternalError(FxstreamError):
+    """fxstream itself failed where it should have made a plan: a fault of its own, not of the model.
+
+    ``path`` is the file that the graph was saved to, "" where it could not be.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path

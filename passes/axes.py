@@ -177,6 +177,8 @@ def forward(call: Call, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
 
     None where there is none: the call mixes what the axis keeps apart.
     """
+    if call.target not in _RULES:
+        return None
     first = next(iter(known))
     for out in _candidates(known[first], tuple(call.tensors[first].shape), call.shape):
         cut = backward(call, out)

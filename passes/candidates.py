@@ -176,7 +176,8 @@ class _Sweep:
                 continue
             if not self._enter(index):
                 return
-            if index in ends and index > self.start and self.outputs:
+            stored = self._stored(index) if index in ends and index > self.start else None
+            if stored:
                 over = self._overwrites(index)
                 new = sum(size for at, size in self.outputs.items() if at not in over)
                 yield Candidate(
@@ -189,11 +190,33 @@ class _Sweep:
                     self.traffic + sum(self.outputs.values()),
                     self.whole,
                     self._strided(),
-                    tuple(self.outputs),
+                    stored,
                     over,
                     *self._overlap(),
                     tuple(self.slowed),
                 )
+
+    def _stored(self, end: int) -> tuple[int, ...] | None:
+        """The positions whose values a loop stores that ends here: of several results, those that are picked of them.
+
+        None where one is picked only later.
+        """
+        stored: list[int] = []
+        for index in self.outputs:
+            node = self.program.values[index].node
+            if isinstance(node.meta["val"], torch.Tensor):
+                stored.append(index)
+                continue
+            picked = [self.program.position.get(user, end + 1) for user in node.users]
+            if any(at > end for at in picked):
+                return None
+            stored += [at for at in picked if self._lives_on(at, end)]
+        return tuple(stored)
+
+    def _lives_on(self, index: int, end: int) -> bool:
+        """Whether a value is still needed after a position."""
+        liveness = self.program.liveness
+        return any(liveness.storages[storage].death > end for storage in liveness.of[liveness.schedule[index]])
 
     def _overlap(self) -> tuple[float, tuple[float, float]]:
         halo, extent = max(self.reach.values()), self.run.extent

@@ -11,6 +11,7 @@ import inspect
 import linecache
 import logging
 import operator
+import os
 import re
 import warnings
 from collections import OrderedDict
@@ -41,11 +42,12 @@ from fxstream.passes.generators import (
     kept_generators,
     moves_watched,
 )
+from fxstream.passes.internal import internal_errors
 from fxstream.passes.known import KnownValues
 from fxstream.passes.propagate import propagate_layouts
 
 _TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-_PYTHON = str(Path(inspect.__file__).parent)
+_PYTHON, _PACKAGES = str(Path(linecache.__file__).parent), f"{os.sep}site-packages{os.sep}"
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
 ROOT = "model"
@@ -69,7 +71,12 @@ class Inputs:
 
     @staticmethod
     def of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        return Inputs(*flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)})))
+        inputs = Inputs(*flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)})))
+        for index, x in enumerate(inputs.tensors):
+            if x.is_nested or x.layout is not torch.strided:
+                kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+                raise CaptureError(f"input tensor {index} is {kind}, which fxstream can't plan for: pass a dense one")
+        return inputs
 
     def without_tensors(self) -> Inputs:
         """How the call is put together, alone: nothing here keeps an example's tensors alive."""
@@ -323,8 +330,9 @@ def _capture(module: nn.Module, function: Callable[..., Any], inputs: Inputs, ke
     except Exception as error:
         raise _capture_error(module, error) from error
     _check_static(exported, module)
-    graph_module = _graph_module(exported, module, generators)
-    propagate_layouts(graph_module)
+    with internal_errors("capture", exported.graph_module):
+        graph_module = _graph_module(exported, module, generators)
+        propagate_layouts(graph_module)
     return Captured(graph_module, inputs.without_tensors(), *results[-1], read=tuple(sorted(known.read)))
 
 
@@ -502,9 +510,8 @@ _OPERATORS = (
 
 
 def _is_users(file: str) -> bool:
-    if file.startswith(_PYTHON) and "site-packages" not in file:
-        return False
-    return not file.startswith((_TORCH, _PASSES, "<eval", "<string", "<frozen"))
+    pythons = file.startswith(_PYTHON) and _PACKAGES not in file
+    return not pythons and not file.startswith((_TORCH, _PASSES, "<eval", "<string", "<frozen"))
 
 
 def _is_symbolic(value: Any) -> bool:

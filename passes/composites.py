@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,21 @@ def write_in_place(graph_module: fx.GraphModule) -> None:
     """Replace what of a functional graph has to write after all, in place: custom operators, and some draws."""
     for node in list(graph_module.graph.nodes):
         if node.target is AUTO_FUNCTIONALIZED:
-            inline(node, auto_functionalized_v2_dense)
+            _write(node)
         elif node.target is aten.normal_functional.default and not _is_dense(node.args[0].meta["val"]):
             _draw_where_it_lies(node)
     graph_module.recompile()
+
+
+def _write(node: fx.Node) -> None:
+    """Call a custom operator on what it writes to, or on copies of what is the caller's or is read later as it was."""
+    graph, bases = node.graph, node.kwargs["_all_bases"]
+    nodes = list(graph.nodes)
+    read = {key for each in graph.find_nodes(op="placeholder") for key in _storages(each.meta["val"])}
+    for later in nodes[nodes.index(node) + 1 :]:
+        read.update(key for each in later.all_input_nodes if each is not node for key in _storages(each.meta["val"]))
+    kept = tuple(i for i, base in enumerate(bases) if not read.isdisjoint(_storages(base.meta["val"])))
+    inline(node, partial(auto_functionalized_v2_dense, _only_clone_these_bases=kept))
 
 
 def _is_dense(value: torch.Tensor) -> bool:

@@ -56,10 +56,25 @@ class Group:
         return self.candidate.end
 
 
-def lengths_of(extent: int, slices: int) -> tuple[int, ...]:
-    """``slices`` lengths that sum to ``extent`` and differ by at most one, the longer ones first."""
+def lengths_of(extent: int, slices: int, stored: Iterable[int] = ()) -> tuple[int, ...]:
+    """``slices`` lengths that sum to ``extent`` and differ by at most one, the longer ones first.
+
+    Fewer where an output, of the extents ``stored``, is so much shorter that a slice would store nothing of it.
+    """
     short, longer = divmod(extent, slices)
-    return (short + 1,) * longer + (short,) * (slices - longer)
+    lengths = (short + 1,) * longer + (short,) * (slices - longer)
+    shorter = [other for other in stored if other < extent]
+    return _storing(lengths, extent, shorter) if shorter else lengths
+
+
+def _storing(lengths: Iterable[int], extent: int, stored: Iterable[int]) -> tuple[int, ...]:
+    """The lengths, those that would store nothing of an output put together with the next."""
+    ends, end = [0], 0
+    for length in lengths:
+        end += length
+        if all(ends[-1] * other // extent < end * other // extent for other in stored):
+            ends.append(end)
+    return tuple(after - before for before, after in pairwise(ends))
 
 
 class Grouping:
@@ -162,8 +177,12 @@ class Grouping:
         worth = max(self.costs.most_slices, int(candidate.traffic) // self.costs.least_traffic)
         most = min(candidate.run.steps, worth)
         counts = (*(count for count in SLICE_COUNTS if count < most), most)
-        extent = candidate.run.extent
-        options = [Option(self._price(candidate, n), lengths_of(extent, n), candidate.peak_bytes(n)) for n in counts]
+        run = candidate.run
+        stored = {run.slices[index].extent for index in candidate.outputs}
+        options = [
+            Option(self._price(candidate, n), lengths_of(run.extent, n, stored), candidate.peak_bytes(n))
+            for n in counts
+        ]
         self._options[candidate] = sorted(options)
 
     def _price(self, candidate: Candidate, slices: int) -> float:

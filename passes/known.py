@@ -67,6 +67,8 @@ class KnownValues(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap a tensor stands for many
+            return function(*args, **kwargs)
         if function is Tensor.__iter__ and id(args[0]) in self._known:
             return iter(self.__torch_function__(torch.unbind, types, args))
         if function is Tensor.__getitem__ or (function is Tensor.__setitem__ and _is_picked(*args)):

@@ -12,9 +12,12 @@ from fxstream.loop import Slice
 def slice_layout(tensor: torch.Tensor, piece: Slice) -> Any:
     """A value that is equal for two tensors whose slices, step by step of the axis, lie at the same addresses.
 
-    Relative to the start of the storage; None where the tensor's elements overlap. Dimensions are split at the axis,
-    sorted by stride and merged again where they are adjacent in memory.
+    Relative to the start of the storage; None where the tensor's elements overlap, or are conjugates or negatives of
+    what lies there. Dimensions are split at the axis, sorted by stride and merged again where they are adjacent in
+    memory.
     """
+    if tensor.is_conj() or tensor.is_neg():
+        return None
     parts: list[tuple[int, int, bool]] = []
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if dim == piece.dim:

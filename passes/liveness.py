@@ -131,7 +131,7 @@ def storages_of(value: Any) -> Iterator[tuple[int, int]]:
     """(identity, bytes) of each storage under a value."""
     for tensor in tensors_of(value):
         storage = tensor.untyped_storage()
-        yield storage._cdata, storage.nbytes()
+        yield storage._cdata, int(storage.nbytes())  # of a permuted input torch.export makes a symbolic number
 
 
 def analyze(graph_module: fx.GraphModule) -> Liveness:

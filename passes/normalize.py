@@ -119,6 +119,7 @@ def _same_layout(node: fx.Node) -> bool:
         and source.device == value.device
         and source.shape == value.shape
         and source.stride() == value.stride()
+        and (source.is_conj(), source.is_neg()) == (value.is_conj(), value.is_neg())
     )
 
 

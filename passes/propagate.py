@@ -73,7 +73,7 @@ def _alike(target: Any, args: Any, kwargs: Any) -> tuple[FakeTensorMode | None, 
     if not isinstance(target, OpOverload) or any(_is_other_tensor(leaf) for leaf in leaves):
         return mode, None
     known = tuple(
-        (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+        (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.is_conj(), leaf.is_neg())
         if isinstance(leaf, FakeTensor)
         else (type(leaf), leaf)
         for leaf in leaves
@@ -145,16 +145,17 @@ def propagate_layouts(graph_module: fx.GraphModule) -> None:
         mode.shape_env.fake_tensor_cache.clear()
     with torch.no_grad(), mode:
         for node in graph.nodes:
-            if node.target is aten.view.default and not _has_view(*node.args):
+            if node.target is aten.view.default and not has_view(node.args[0].meta["val"], node.args[1]):
                 _copy_first(node)
             if node.op == "call_function":
                 node.meta["val"] = evaluate(node)
     graph_module.recompile()
 
 
-def _has_view(source: fx.Node, size: Any) -> bool:
+def has_view(source: torch.Tensor, size: Any) -> bool:
+    """Whether a tensor of that layout can be viewed so; a fake one accepts more than a real one."""
     try:
-        _on_meta(source.meta["val"], lambda meta: meta.view(size))
+        _on_meta(source, lambda meta: meta.view(size))
     except RuntimeError:
         return False
     return True

@@ -87,8 +87,7 @@ def _factors(program: Program) -> dict[int, set[tuple[int, int, int]]]:
             for merged, parts in (*_groups(before, after), *_groups(after, before)):
                 for index, part in enumerate(parts):
                     triple = (prod(parts[:index]), part, prod(parts[index + 1 :]))
-                    if part > 1:
-                        factors.setdefault(merged, set()).add(triple)
+                    factors.setdefault(merged, set()).add(triple)
         elif value.call.target is aten.group_norm.default:
             channels, groups = value.call.shape[1], value.call.args[1]
             factors.setdefault(channels, set()).add((1, groups, channels // groups))
@@ -115,7 +114,8 @@ def _seeds(shape: tuple[int, ...], factors: dict[int, set[tuple[int, int, int]]]
         if size > 1:
             yield Slice(dim, size)
             for outer, extent, inner in sorted(factors.get(size, ())):
-                yield Slice(dim, extent, outer, inner)
+                if extent > 1:
+                    yield Slice(dim, extent, outer, inner)
 
 
 def _scan(program: Program, start: int, seed: Slice) -> Run | None:

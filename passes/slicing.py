@@ -23,8 +23,8 @@ from fxstream.passes.capture import rebuilt
 from fxstream.passes.effects import stays
 from fxstream.passes.grouping import Group
 from fxstream.passes.liveness import analyze
-from fxstream.passes.program import Program
-from fxstream.passes.propagate import evaluate
+from fxstream.passes.program import Program, is_getitem
+from fxstream.passes.propagate import evaluate, has_view
 from fxstream.passes.ranges import LoopInput, Ranges, infer_ranges, stored_part
 from fxstream.passes.split_norms import fuse_norms
 
@@ -248,7 +248,7 @@ class _Body:
                 windows[node, piece] = window
             for index in self.body:
                 if index in ranges.wanted:
-                    env[program.values[index].node] = self._node(index, ranges.wanted[index], graph, read)
+                    env[program.values[index].node] = self._node(index, ranges, graph, read)
             results = []
             for index in self.outputs:
                 low, high = stored_part(run.slices[index], run.extent, part)
@@ -260,9 +260,9 @@ class _Body:
         fuse_norms(module)
         return module
 
-    def _node(self, index: int, wanted: Span, graph: fx.Graph, read: Callable[..., fx.Node]) -> fx.Node:
+    def _node(self, index: int, ranges: Ranges, graph: fx.Graph, read: Callable[..., fx.Node]) -> fx.Node:
         """One operator on its slices: the part wanted of what it computes."""
-        value, cut = self.program.values[index], self.group.run.cuts[index]
+        wanted, value, cut = ranges.wanted[index], self.program.values[index], self.group.run.cuts[index]
         pieces, window = iter(cut.inputs), cut.window(wanted)
         leaves, spec = pytree.tree_flatten((value.node.args, dict(value.node.kwargs)))
         target, packed = value.node.target, value.node.target in PRODUCTS
@@ -274,12 +274,13 @@ class _Body:
             args, kwargs = with_arguments(target, args, kwargs, arguments)
         node = graph.create_node("call_function", target, args, kwargs, name=value.node.name)
         node.meta = dict(value.node.meta)
-        if target in (aten.view.default, aten._unsafe_view.default):
-            _evaluate_view(node)
-        else:
-            node.meta["val"] = evaluate(node)
+        if target in (aten.view.default, aten._unsafe_view.default) and not has_view(args[0].meta["val"], args[1]):
+            node.target = aten.reshape.default  # of a window, which may have no view where the whole has one
+        node.meta["val"] = evaluate(node)
         piece = self.group.run.slices[index]
-        if cut.halo is None:
+        if is_getitem(value.node):
+            first = self._wanted(ranges, value.reads[0], piece)[0]
+        elif cut.halo is None:
             return node
         return _narrowed(graph, node, piece, wanted[0] - first, wanted[1] - wanted[0])
 
@@ -303,12 +304,3 @@ def _added(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any, **kwargs: 
     node = graph.call_function(target, args, kwargs)
     node.meta = {**origin.meta, "val": evaluate(node)}
     return node
-
-
-def _evaluate_view(node: fx.Node) -> None:
-    """A view of a window may not exist where one of the whole does: then it is a reshape, which copies."""
-    try:
-        node.meta["val"] = evaluate(node)
-    except (RuntimeError, ValueError):
-        node.target = aten.reshape.default
-        node.meta["val"] = evaluate(node)

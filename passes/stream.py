@@ -97,8 +97,11 @@ def stream(
     ``allow_recompute`` values may be computed twice, where the budget can't be met without. Outer loops make at most
     ``most_outer`` bodies, all together.
     """
-    spare = MOST_ADDED * sum(flops(graph_module).values()) if allow_recompute else 0.0
-    return _recomputed(graph_module, budget, spare, most_outer)
+    found = _recomputed(graph_module, budget, 0.0, most_outer)
+    if not allow_recompute or (budget is not None and found.after.peak_bytes <= budget):
+        return found
+    spare = MOST_ADDED * sum(flops(graph_module).values())
+    return min(found, _recomputed(graph_module, budget, spare, most_outer), key=lambda each: each.after.peak_bytes)
 
 
 def _recomputed(graph_module: fx.GraphModule, budget: int | None, spare: float, most_outer: int) -> Streamed:

@@ -136,7 +136,11 @@ def pool(rank: int, call: Call, out: Slice) -> Cut | None:
 rule(aten.avg_pool1d.default, aten.max_pool1d.default)(partial(pool, 1))
 rule(aten.avg_pool2d.default, aten.max_pool2d.default)(partial(pool, 2))
 rule(aten.avg_pool3d.default, aten.max_pool3d.default)(partial(pool, 3))
+independent(aten.max_pool1d_with_indices.default, but=trailing(1))
 independent(aten.max_pool2d_with_indices.default, but=trailing(2))
+independent(aten.max_pool3d_with_indices.default, but=trailing(3))
+independent(aten.adaptive_max_pool2d.default, but=trailing(2))
+independent(aten.adaptive_max_pool3d.default, but=trailing(3))
 independent(aten.adaptive_avg_pool1d.default, but=trailing(1))
 independent(aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default, but=trailing(2))
 independent(aten.adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d.default, but=trailing(3))
@@ -257,3 +261,13 @@ def pixel_unshuffle(call: Call, out: Slice) -> Cut | None:
         return {}, part[0]
 
     return haloed(call, out, lambda step: (step * times, step * times + times - 1), times, place)
+
+
+@rule(aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
+def grid_sampler(call: Call, out: Slice) -> Cut | None:
+    """Each pixel of the output is sampled, at the place that the grid has for it, of the whole image."""
+    if out.dim == 1:
+        return lead(call, out)
+    if out.dim == 0:
+        return cut(call, {"input": out, "grid": out})
+    return cut(call, {"grid": out.at(out.dim - 1)})

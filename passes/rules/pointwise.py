@@ -11,17 +11,20 @@ from fxstream.passes.rules.common import broadcast, cut
 aten = torch.ops.aten
 
 ARITHMETIC = """
-    add sub rsub mul div floor_divide fmod remainder pow addcmul addcdiv lerp maximum minimum fmax fmin atan2
-    neg abs sign reciprocal square sqrt rsqrt exp exp2 expm1 log log1p log2 log10 sin cos tan sinh cosh asin acos atan
-    erf floor ceil round trunc frac clamp clamp_min clamp_max nan_to_num copy
+    add sub rsub mul div true_divide floor_divide fmod remainder pow float_power addcmul addcdiv lerp
+    maximum minimum fmax fmin atan2 hypot copysign nextafter ldexp logaddexp logaddexp2 xlogy heaviside polar complex
+    neg abs sign sgn angle reciprocal square sqrt rsqrt exp exp2 expm1 log log1p log2 log10 logit sinc i0
+    sin cos tan sinh cosh asin acos atan asinh acosh atanh deg2rad rad2deg erf erfc erfinv lgamma digamma
+    floor ceil round trunc frac clamp clamp_min clamp_max nan_to_num copy
 """
 ACTIVATIONS = """
     sigmoid log_sigmoid tanh relu relu6 silu gelu mish softplus leaky_relu elu celu selu hardtanh hardsigmoid hardswish
-    threshold
+    threshold hardshrink softshrink
 """
 LOGIC = """
     eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
-    __and__ __or__ __xor__ isnan isinf isfinite where masked_fill fill
+    __and__ __or__ __xor__ isnan isinf isposinf isneginf isfinite isclose signbit
+    where masked_fill fill
 """
 
 
@@ -54,7 +57,20 @@ rule(
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
+    aten._conj.default,
+    aten._conj_physical.default,
+    aten.resolve_conj.default,
+    aten._neg_view.default,
+    aten.resolve_neg.default,
 )(broadcast)
+
+
+@rule(aten.prelu.default, aten._prelu_kernel.default)
+def prelu(call: Call, out: Slice) -> Cut:
+    """A factor a channel, or one for all."""
+    own = out.dim == 1 and call.tensors[1].numel() > 1
+    channels = call.arguments["weight"].dim() - 1 if call.target is aten.prelu.default else 1
+    return cut(call, {"self": out, "weight": out.at(channels) if own else None})
 
 
 @rule(aten.dropout.default)

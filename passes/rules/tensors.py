@@ -60,7 +60,17 @@ def glu(call: Call, out: Slice) -> Cut | None:
     aten.var.correction,
     aten.std.dim,
     aten.std.correction,
+    aten.var_mean.dim,
     aten.var_mean.correction,
+    aten.std_mean.dim,
+    aten.std_mean.correction,
+    aten.nansum.default,
+    aten.nanmean.default,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.mode.default,
+    aten.kthvalue.default,
+    aten.aminmax.default,
     aten.logsumexp.default,
     aten.linalg_vector_norm.default,
 )
@@ -75,10 +85,20 @@ def reduction(call: Call, out: Slice) -> Cut | None:
 independent(
     aten.cumsum.default,
     aten.cumprod.default,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.logcumsumexp.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+    aten.argsort.stable,
+    aten.topk.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
     but=lambda call: [call.arguments["dim"]],
 )
-independent(aten.flip.default, but=lambda call: call.arguments["dims"])
+independent(aten.flip.default, aten.rot90.default, but=lambda call: call.arguments["dims"])
+independent(aten.channel_shuffle.default, but=lambda call: [1])
 independent(aten.roll.default, but=lambda call: call.arguments["dims"] or range(len(call.shape)))
 independent(aten.tril.default, aten.triu.default, but=trailing(2))
 
@@ -161,6 +181,20 @@ def gather(call: Call, out: Slice) -> Cut | None:
     return cut(call, {"self": out, "index": out}) if same else None
 
 
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)
+def scatter(call: Call, out: Slice) -> Cut | None:
+    """Every other dimension, where all tensors have all of it."""
+    whole = all(tensor.dim() and tensor.shape[out.dim] == out.size for tensor in call.tensors)
+    own = out.dim == call.arguments["dim"] % len(call.shape)
+    return cut(call, dict.fromkeys(("self", "index", "src"), out)) if whole and not own else None
+
+
+@rule(aten.index_add.default, aten.index_copy.default)
+def index_write(call: Call, out: Slice) -> Cut | None:
+    own = out.dim == call.arguments["dim"] % len(call.shape)
+    return None if own else cut(call, {"self": out, "source": out})
+
+
 @rule(aten.slice_scatter.default)
 def slice_scatter(call: Call, out: Slice) -> Cut | None:
     own = out.dim == call.arguments["dim"] % len(call.shape)
@@ -174,6 +208,7 @@ def select_scatter(call: Call, out: Slice) -> Cut | None:
 
 
 @rule(
+    aten.empty.memory_format,
     aten.zeros.default,
     aten.ones.default,
     aten.full.default,

@@ -749,3 +749,40 @@ def test_layouts_are_those_of_a_real_run():
     assert [real for real, _ in seen.values()] == [fake for _, fake in seen.values()]
     convolution = next(node for node in graph_module.graph.nodes if node.target is torch.ops.aten.conv2d.default)
     assert convolution.meta["val"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attention_with_graphs_of_its_own_is_named():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flexible(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            return flex_attention(y, y, y)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Flexible()
+
+        def forward(self, x):
+            return self.inner(x) + 1
+
+    with pytest.raises(CaptureError, match=r"return flex_attention\(y, y, y\)\n  flex_attention has graphs") as caught:
+        capture(Outer(), (torch.randn(1, 2, 128, 16),))
+    assert caught.value.module_path == "inner"
+    assert caught.value.source.startswith(__file__)
+
+
+@pytest.mark.parametrize("layout", ["jagged", "strided", "sparse"])
+def test_tensors_that_are_not_dense_are_refused(layout):
+    class Nests(nn.Module):
+        def forward(self, x):
+            return torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged).to_padded_tensor(0.0)
+
+    rows = [torch.randn(3, 4), torch.randn(2, 4)]
+    nested = torch.nested.nested_tensor(rows, layout=getattr(torch, layout)) if layout != "sparse" else None
+    with pytest.raises(CaptureError, match=f"input tensor 0 is {'sparse_coo' if nested is None else 'nested'}"):
+        capture(nn.Identity(), (rows[0].to_sparse() if nested is None else nested,))
+    with pytest.raises(CaptureError, match="nested_tensor") as caught:
+        capture(Nests(), (torch.randn(2, 4, 4),))
+    assert caught.value.source.startswith(__file__)

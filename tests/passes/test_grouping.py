@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -126,3 +126,13 @@ def test_a_fixed_group_is_used_as_it_is():
     assert grouping.choose(grouping.lowest_bytes()) == [group]
     grouping.learn(group, max(group.lengths), peak)
     assert grouping.choose(grouping.lowest_bytes()) == [group]
+
+
+def test_each_slice_stores_something_of_every_output():
+    for stored in ({2044}, {1024, 2047}, {7}, {2048, 4096}):
+        lengths = lengths_of(2048, min(stored), stored) if min(stored) < 2048 else lengths_of(2048, 2048, stored)
+        ends = list(accumulate(lengths, initial=0))
+        assert sum(lengths) == 2048
+        for extent in stored:
+            assert all(a * extent // 2048 < b * extent // 2048 for a, b in pairwise(ends))
+    assert max(lengths_of(2048, 2044, {2044})) == 2

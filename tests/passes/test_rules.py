@@ -426,6 +426,8 @@ def attention(random: Random, operator: OpOverload) -> Arguments:
     aten.log_softmax.int,
     aten.cumsum.default,
     aten.cumprod.default,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.logcumsumexp.default,
 )
 def along(random: Random, operator: OpOverload) -> Arguments:
@@ -562,6 +564,16 @@ def max_pool(random: Random, operator: OpOverload) -> Arguments:
 
 
 @sample(
+    aten.max_pool1d_with_indices.default,
+    aten.max_pool3d_with_indices.default,
+)
+def max_pool_indices(random: Random, operator: OpOverload) -> Arguments:
+    return max_pool(random, operator)
+
+
+@sample(
+    aten.adaptive_max_pool2d.default,
+    aten.adaptive_max_pool3d.default,
     aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool3d.default,
@@ -596,6 +608,14 @@ def pixel_shuffle(random: Random, operator: OpOverload) -> Arguments:
     return (tensor(random, *shape(random, 0, 2), 4, 2, 4), 2), {}
 
 
+@sample(aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
+def grid_sampler(random: Random, operator: OpOverload) -> Arguments:
+    rank = 3 if operator is aten.grid_sampler_3d.default else 2
+    samples = random.choice((1, 2, 4))
+    drawn, pixels = tensor(random, samples, 2, *[4] * rank), [random.choice((2, 4, 6)) for _ in range(rank)]
+    return (drawn, tensor(random, samples, *pixels, rank), random.randrange(2), random.randrange(3), flag(random)), {}
+
+
 # Joins, reductions, indexing, padding, creation
 
 
@@ -612,6 +632,30 @@ def cat(random: Random, operator: OpOverload) -> Arguments:
 def stack(random: Random, operator: OpOverload) -> Arguments:
     sizes = shape(random, 1, 3)
     return ([tensor(random, *sizes) for _ in range(random.choice((2, 4, 1)))], dim_of(random, len(sizes) + 1)), {}
+
+
+@sample(
+    aten._conj.default,
+    aten._conj_physical.default,
+    aten.resolve_conj.default,
+    aten._neg_view.default,
+    aten.resolve_neg.default,
+)
+def conjugate(random: Random, operator: OpOverload) -> Arguments:
+    sizes = shape(random)
+    return (torch.complex(tensor(random, *sizes), tensor(random, *sizes)),), {}
+
+
+@sample(aten.prelu.default)
+def prelu(random: Random, operator: OpOverload) -> Arguments:
+    sizes = shape(random, 2)
+    return (tensor(random, *sizes), tensor(random, random.choice((1, sizes[1])))), {}
+
+
+@sample(aten._prelu_kernel.default)
+def prelu_kernel(random: Random, operator: OpOverload) -> Arguments:
+    (drawn, weight), _ = prelu(random, operator)
+    return (drawn, weight.reshape(1, -1, *[1] * (drawn.dim() - 2))), {}
 
 
 @sample(aten.glu.default)
@@ -642,19 +686,42 @@ def reduce_some(random: Random, operator: OpOverload) -> Arguments:
     return (drawn, dims_of(random, drawn.dim()), flag(random)), {}
 
 
+@sample(aten.median.dim, aten.nanmedian.dim, aten.mode.default)
+def reduce_to_one(random: Random, operator: OpOverload) -> Arguments:
+    return reduce_one(random, operator)
+
+
+@sample(aten.aminmax.default)
+def reduce_to_bounds(random: Random, operator: OpOverload) -> Arguments:
+    (drawn, dim, keepdim), _ = reduce_one(random, operator)
+    return (drawn,), {"dim": dim, "keepdim": keepdim}
+
+
+@sample(aten.kthvalue.default)
+def reduce_to_kth(random: Random, operator: OpOverload) -> Arguments:
+    (drawn, dim, keepdim), _ = reduce_one(random, operator)
+    return (drawn, drawn.shape[dim], dim, keepdim), {}
+
+
+@sample(aten.nansum.default, aten.nanmean.default)
+def reduce_numbers(random: Random, operator: OpOverload) -> Arguments:
+    (drawn, reduced, keepdim), _ = reduce_some(random, aten.mean.dim)
+    return (drawn, reduced, keepdim), {}
+
+
 @sample(aten.logsumexp.default)
 def reduce_exponentials(random: Random, operator: OpOverload) -> Arguments:
     (drawn, reduced, keepdim), _ = reduce_some(random, operator)
     return (drawn, reduced or [0], keepdim), {}
 
 
-@sample(aten.var.correction, aten.std.correction, aten.var_mean.correction)
+@sample(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
 def reduce_variance(random: Random, operator: OpOverload) -> Arguments:
     (drawn, reduced, keepdim), _ = reduce_some(random, operator)
     return (drawn, maybe(random, reduced)), {"correction": 0, "keepdim": keepdim}
 
 
-@sample(aten.var.dim, aten.std.dim)
+@sample(aten.var.dim, aten.std.dim, aten.var_mean.dim, aten.std_mean.dim)
 def reduce_variance_unbiased(random: Random, operator: OpOverload) -> Arguments:
     (drawn, reduced, keepdim), _ = reduce_some(random, operator)
     return (drawn, reduced, False, keepdim), {}
@@ -670,6 +737,56 @@ def reduce_norm(random: Random, operator: OpOverload) -> Arguments:
 def flip(random: Random, operator: OpOverload) -> Arguments:
     drawn = tensor(random, *shape(random))
     return (drawn, dims_of(random, drawn.dim())), {}
+
+
+@sample(aten.rot90.default)
+def rot90(random: Random, operator: OpOverload) -> Arguments:
+    drawn = tensor(random, *shape(random, 2))
+    return (drawn, random.choice((1, 2, -1)), random.sample(range(drawn.dim()), 2)), {}
+
+
+@sample(aten.channel_shuffle.default)
+def channel_shuffle(random: Random, operator: OpOverload) -> Arguments:
+    return (tensor(random, 2, 4, *shape(random, 1, 2)), 2), {}
+
+
+@sample(
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+    aten.argsort.stable,
+    aten.topk.default,
+)
+def ordered(random: Random, operator: OpOverload) -> Arguments:
+    drawn = tensor(random, *shape(random))
+    dim, largest = dim_of(random, drawn.dim()), flag(random)
+    if operator is aten.topk.default:
+        return (drawn, random.randint(1, drawn.shape[dim]), dim, largest), {}
+    named = {"stable": True} if operator in (aten.sort.stable, aten.argsort.stable) else {}
+    return (drawn,), {**named, "dim": dim, "descending": largest}
+
+
+@sample(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.index_add.default, aten.index_copy.default)
+def index_write(random: Random, operator: OpOverload) -> Arguments:
+    drawn = tensor(random, *shape(random))
+    dim = dim_of(random, drawn.dim())
+    where = indices(drawn.shape[dim], 1)
+    if operator is aten.index_fill.int_Scalar:
+        return (drawn, dim, where, 2.5), {}
+    if operator is aten.index_fill.int_Tensor:
+        return (drawn, dim, where, torch.tensor(2.5, dtype=drawn.dtype)), {}
+    return (drawn, dim, where, tensor(random, *drawn.narrow(dim, 0, 1).shape)), {}
+
+
+@sample(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)
+def scatter(random: Random, operator: OpOverload) -> Arguments:
+    drawn = tensor(random, *shape(random))
+    dim = dim_of(random, drawn.dim())
+    sizes = [random.choice((size, size, max(1, size - 1))) for size in drawn.shape]
+    order = torch.randperm(drawn.shape[dim])[: sizes[dim]]
+    where = order.reshape([-1 if i == dim % drawn.dim() else 1 for i in range(drawn.dim())]).expand(sizes)
+    source = 2.5 if operator is aten.scatter.value else tensor(random, *sizes)
+    return (drawn, dim, where, source, *(["amax"] if operator is aten.scatter_reduce.two else [])), {}
 
 
 @sample(aten.roll.default)
@@ -775,7 +892,7 @@ def select_scatter(random: Random, operator: OpOverload) -> Arguments:
     return (drawn, tensor(random, *drawn.select(dim, 0).shape), dim, 0), {}
 
 
-@sample(aten.zeros.default, aten.ones.default)
+@sample(aten.empty.memory_format, aten.zeros.default, aten.ones.default)
 def create(random: Random, operator: OpOverload) -> Arguments:
     return (shape(random),), {"dtype": torch.float64}
 
