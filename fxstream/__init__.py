@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxstream.api import optimize, plan, restore
-    from fxstream.calibration import Calibration, calibrate
     from fxstream.errors import CaptureError, FxstreamError, GradientError, MemoryBudgetError
     from fxstream.module import StreamedModule
-    from fxstream.pipeline_plan import PipelinePlan
-    from fxstream.rehash import RehashedModule, RehashStats, StepRehash
+    from fxstream.pipeline.plan import PipelinePlan
+    from fxstream.rehash.calibrate import calibrate
+    from fxstream.rehash.calibration import Calibration
+    from fxstream.rehash.rehash import RehashedModule, RehashStats
+    from fxstream.rehash.settings import StepRehash
     from fxstream.report import Plan
 
 __all__ = [
@@ -34,19 +36,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "Calibration": "calibration",
+    "Calibration": "rehash.calibration",
     "CaptureError": "errors",
     "FxstreamError": "errors",
     "GradientError": "errors",
     "InternalError": "errors",
     "MemoryBudgetError": "errors",
-    "PipelinePlan": "pipeline_plan",
+    "PipelinePlan": "pipeline.plan",
     "Plan": "report",
-    "RehashStats": "rehash",
-    "RehashedModule": "rehash",
-    "StepRehash": "rehash",
+    "RehashStats": "rehash.rehash",
+    "RehashedModule": "rehash.rehash",
+    "StepRehash": "rehash.settings",
     "StreamedModule": "module",
-    "calibrate": "calibration",
+    "calibrate": "rehash.calibrate",
     "optimize": "api",
     "plan": "api",
     "restore": "api",

@@ -13,8 +13,8 @@ from torch._dynamo.exc import InvalidBackend
 from torch._guards import TracingContext, tracing
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxstream.passes.lower import Lowering
-from fxstream.passes.propagate import fake_mode_of
+from fxstream.passes.graph.propagate import fake_mode_of
+from fxstream.passes.rewriting.lower import Lowering
 
 BACKEND = "fxstream"
 """The name under which torch.compile finds fxstream."""

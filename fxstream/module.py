@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain, count
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from fxstream.draws import generators_given
+from fxstream.compile.regions import Region
 from fxstream.errors import GradientError
-from fxstream.passes.capture import TARGET, Inputs, owner
+from fxstream.passes.graph.capture import TARGET, Inputs, owner
+from fxstream.runtime.autocast import autocast_dtype, without_autocast
+from fxstream.runtime.draws import generators_given
 
 if TYPE_CHECKING:
-    from fxstream.api import Compiled
-    from fxstream.budget import Budget
+    from fxstream.planned import Compiled
     from fxstream.report import Plan
 
 MOST_ALIKE = 4
 """Plans for calls that differ in a Python number alone, after which one more draws a warning."""
-
-REGIONS: WeakValueDictionary[int, Region] = WeakValueDictionary()
-"""The regions of torch.compile's graphs that streamed modules are, by their tokens."""
 
 Compiler = Callable[[Sequence[Any], Mapping[str, Any]], "Compiled"]
 Check = Callable[["Compiled", Sequence[torch.Tensor]], bool]
@@ -45,21 +40,6 @@ _FORWARDED = (
     *("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"),
 )
 """Methods of every module that act on the model itself, which may have its own."""
-
-
-@dataclass(eq=False)
-class Region:
-    """A streamed module as torch.compile sees it: what it is planned with, and what becomes of it."""
-
-    budget: Budget
-    backend: str | None
-    allow_recompute: bool = False
-    plans: list[Plan] = field(default_factory=list)
-    graphs: list[Any] = field(default_factory=list)
-    token: int = field(default_factory=count().__next__)
-
-    def __post_init__(self) -> None:
-        REGIONS[self.token] = self
 
 
 def always(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
@@ -161,7 +141,7 @@ class StreamedModule(nn.Module):
         Raises ``GradientError`` where autograd would record, and what ``optimize`` raises where the call is planned.
         """
         if torch.compiler.is_dynamo_compiling() and self._region is not None:
-            from fxstream.region import region
+            from fxstream.compile.region import region
 
             function = self.__dict__["_function"]
             return region(lambda: function(*args, **kwargs), token=self._region.token)
@@ -181,7 +161,7 @@ class StreamedModule(nn.Module):
         if not inference:
             self._refuse_gradients(inputs)
         devices = {tensor.device.type for tensor in inputs.tensors}
-        kind = (inputs.key(), state, *(_autocast(device) for device in sorted(devices)))
+        kind = (inputs.key(), state, *(autocast_dtype(device) for device in sorted(devices)))
         read = self._read.get(kind, frozenset())
         key = (*kind, inputs.values(read))
         compiled = self._compiled.get(key)
@@ -257,21 +237,6 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 for _name in _FORWARDED:
     setattr(StreamedModule, _name, _forwarded(_name))
-
-
-@contextmanager
-def without_autocast(inputs: Sequence[Any]) -> Iterator[None]:
-    """Without autocast on the devices of these inputs: what it does is in a captured graph already."""
-    with ExitStack() as stack:
-        for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)} or {"cpu"}:
-            if _autocast(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else None
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)

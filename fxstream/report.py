@@ -10,12 +10,12 @@ from typing import TypeVar
 from tabulate import tabulate
 
 from fxstream.budget import format_bytes
-from fxstream.loop import SlicedLoop
-from fxstream.passes.barriers import Barrier, barriers
-from fxstream.passes.capture import module_path
-from fxstream.passes.grouping import Group
-from fxstream.passes.liveness import MemoryProfile
+from fxstream.passes.graph.capture import module_path
+from fxstream.passes.graph.liveness import MemoryProfile
+from fxstream.passes.planning.barriers import Barrier, barriers
+from fxstream.passes.planning.grouping import Group
 from fxstream.passes.stream import Streamed
+from fxstream.runtime.loop import SlicedLoop
 
 T = TypeVar("T")
 

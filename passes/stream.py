@@ -15,20 +15,20 @@ from itertools import islice
 
 from torch import fx
 
-from fxstream.loop import SlicedLoop
-from fxstream.passes.candidates import Candidate, find_candidates, whole
-from fxstream.passes.collector import collector_paused
-from fxstream.passes.cost import CostModel, cost_model
-from fxstream.passes.flops import flops
-from fxstream.passes.grouping import Group, Grouping, lengths_of
-from fxstream.passes.liveness import MemoryProfile, profile, tensors_of
-from fxstream.passes.program import Program
-from fxstream.passes.recompute import recompute
-from fxstream.passes.runs import find_runs
-from fxstream.passes.schedule import schedule
-from fxstream.passes.slicing import Slicer
-from fxstream.passes.split_norms import split_norms
-from fxstream.passes.split_reductions import split_reductions
+from fxstream.passes.graph.collector import collector_paused
+from fxstream.passes.graph.flops import flops
+from fxstream.passes.graph.liveness import MemoryProfile, profile, tensors_of
+from fxstream.passes.machine.cost import CostModel, cost_model
+from fxstream.passes.planning.candidates import Candidate, find_candidates, whole
+from fxstream.passes.planning.grouping import Group, Grouping, lengths_of
+from fxstream.passes.planning.program import Program
+from fxstream.passes.planning.runs import find_runs
+from fxstream.passes.rewriting.recompute import recompute
+from fxstream.passes.rewriting.schedule import schedule
+from fxstream.passes.rewriting.slicing import Slicer
+from fxstream.passes.rewriting.split_norms import split_norms
+from fxstream.passes.rewriting.split_reductions import split_reductions
+from fxstream.runtime.loop import SlicedLoop
 
 HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live, or will be at the next node."""

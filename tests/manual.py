@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import denoiser
-from tests.fxstream.pipelines import Codec, image
+from tests.fxstream.pipeline.pipelines import Codec, image
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

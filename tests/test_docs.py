@@ -23,12 +23,13 @@ import torch
 import fxstream
 import fxstream.api  # registers the rules, which a test takes a copy of
 from fxstream.module import StreamedModule
-from fxstream.passes import axes, workspace
+from fxstream.passes.machine import workspace
+from fxstream.passes.operators import axes
 from fxstream.tools import cli, pipelines
 from fxstream.tools.targets import NAMES, check
 from tests.manual import PAGES, ROOT, Block, blocks, given, small_pipeline
 
-LANGUAGES = {"python", "sh", "text"}
+LANGUAGES = {"python", "sh", "text", "mermaid"}
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 PYTHON = [page for page in PAGES if any(block.page == page and block.language == "python" for block in BLOCKS)]
 COMMANDS = [block for block in BLOCKS if block.language == "sh"]
@@ -221,7 +222,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_the_backends_options_are_told():
-    from fxstream.backend import OPTIONS
+    from fxstream.compile.backend import OPTIONS
 
     told = (ROOT / "docs" / "torch-compile.md").read_text()
     assert set(re.findall(r"^- `(\w+)`:", told, re.MULTILINE)) == set(OPTIONS)

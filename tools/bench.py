@@ -18,9 +18,9 @@ import torch
 from tabulate import tabulate
 
 import fxstream
-from fxstream.passes.capture import Inputs, capture
-from fxstream.passes.liveness import profile
-from fxstream.passes.normalize import normalize
+from fxstream.passes.graph.capture import Inputs, capture
+from fxstream.passes.graph.liveness import profile
+from fxstream.passes.graph.normalize import normalize
 from fxstream.tools import catalogue
 from fxstream.tools.measure import measure_peak
 from fxstream.tools.turns import Turn, take_turns

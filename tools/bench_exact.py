@@ -19,14 +19,14 @@ from tabulate import tabulate
 from torch import fx
 
 import fxstream
-from fxstream.passes.candidates import whole
-from fxstream.passes.capture import capture
-from fxstream.passes.grouping import Group, lengths_of
-from fxstream.passes.normalize import normalize
-from fxstream.passes.program import Program
-from fxstream.passes.runs import find_runs
-from fxstream.passes.slicing import Slicer
-from fxstream.passes.split_norms import split_norms
+from fxstream.passes.graph.capture import capture
+from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.planning.candidates import whole
+from fxstream.passes.planning.grouping import Group, lengths_of
+from fxstream.passes.planning.program import Program
+from fxstream.passes.planning.runs import find_runs
+from fxstream.passes.rewriting.slicing import Slicer
+from fxstream.passes.rewriting.split_norms import split_norms
 from fxstream.tools import catalogue
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak

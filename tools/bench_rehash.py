@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
 from fxstream import StepRehash
-from fxstream.passes.flops import FORMULAS
-from fxstream.passes.liveness import storages_of
+from fxstream.passes.graph.flops import FORMULAS
+from fxstream.passes.graph.liveness import storages_of
 from fxstream.tools import catalogue
 from fxstream.tools.bench import MIB, processor, relative_l2
 from fxstream.tools.generation import generate, load, noise_schedule

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import fx
 
-    from fxstream.passes.liveness import MemoryProfile
+    from fxstream.passes.graph.liveness import MemoryProfile
     from fxstream.report import Plan
 
 FORMAT = "fxstream plan 1"

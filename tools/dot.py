@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxstream.api import Compiled
 from fxstream.budget import format_bytes
-from fxstream.passes.capture import module_path
-from fxstream.passes.liveness import bytes_of
+from fxstream.passes.graph.capture import module_path
+from fxstream.passes.graph.liveness import bytes_of
+from fxstream.planned import Compiled
 from fxstream.report import PlannedGroup
 
 MOST_BOXES = 300

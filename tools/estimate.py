@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxstream.loop import SlicedLoop
-from fxstream.passes.capture import module_path
-from fxstream.passes.cost import CostModel, cost_model
-from fxstream.passes.grouping import LOOP_LAUNCHES
-from fxstream.passes.liveness import analyze, bytes_of, tensors_of
+from fxstream.passes.graph.capture import module_path
+from fxstream.passes.graph.liveness import analyze, bytes_of, tensors_of
+from fxstream.passes.machine.cost import CostModel, cost_model
+from fxstream.passes.planning.grouping import LOOP_LAUNCHES
+from fxstream.runtime.loop import SlicedLoop
 from fxstream.tools.listing import loop_of
 
 

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from fxstream import CaptureError, MemoryBudgetError
-from fxstream.api import Compiled, compile_call
 from fxstream.budget import Budget, format_bytes
-from fxstream.passes.capture import Inputs
+from fxstream.passes.graph.capture import Inputs
+from fxstream.planned import Compiled, compile_call
 from fxstream.tools import document, dot, html, listing, picture, text, trace
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.document import Document

@@ -14,9 +14,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxstream.budget import format_bytes
-from fxstream.loop import Slice, SlicedLoop, Step
-from fxstream.passes.capture import ROOT, module_path
-from fxstream.passes.liveness import analyze, tensors_of
+from fxstream.passes.graph.capture import ROOT, module_path
+from fxstream.passes.graph.liveness import analyze, tensors_of
+from fxstream.runtime.loop import Slice, SlicedLoop, Step
 
 INDENT = "    "
 VARIABLES = "ijklmn"

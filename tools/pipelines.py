@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxstream.rehearsal import fake_copies
+from fxstream.pipeline.rehearsal import fake_copies
 from fxstream.tools.catalogue import ANIMATEDIFF, SVD, SVD_XT, Entry
 
 

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import fxstream
-from fxstream.loop import SlicedLoop
-from fxstream.passes.lower import CompiledPart
+from fxstream.passes.rewriting.lower import CompiledPart
+from fxstream.runtime.loop import SlicedLoop
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
 from tests.dynamo import fresh_dynamo  # noqa: F401 (a fixture)

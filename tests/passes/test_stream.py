@@ -11,12 +11,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxstream.loop import SlicedLoop
-from fxstream.passes.barriers import barriers
-from fxstream.passes.capture import Inputs, capture
-from fxstream.passes.liveness import bytes_of, profile
-from fxstream.passes.normalize import normalize
+from fxstream.passes.graph.capture import Inputs, capture
+from fxstream.passes.graph.liveness import bytes_of, profile
+from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.planning.barriers import barriers
 from fxstream.passes.stream import stream
+from fxstream.runtime.loop import SlicedLoop
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.bench_exact import seam, tiled
 from fxstream.tools.catalogue import CATALOGUE, small

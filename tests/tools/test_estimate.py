@@ -1,7 +1,7 @@
 import torch
 
-from fxstream.api import compile_call
 from fxstream.budget import Budget
+from fxstream.planned import compile_call
 from fxstream.tools.estimate import estimated_seconds, steps
 from tests.tools.targets import feedforward
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxstream.components import weight_bytes
+from fxstream.pipeline.components import weight_bytes
 from fxstream.tools import pipelines
 from fxstream.tools.measure import measure_peak
 

@@ -1,0 +1,1 @@
+"""torch.compile: inside a plan, around a streamed module, and as its backend."""

@@ -1,0 +1,45 @@
+"""One model, or a bound method of one: optimized in whichever way was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxstream.budget import Budget, Resident
+from fxstream.compile.regions import Region
+from fxstream.module import StreamedModule
+from fxstream.passes.graph.capture import Inputs
+from fxstream.planned import Compiled, compile_call
+from fxstream.rehash.rehash import rehash_module
+from fxstream.rehash.settings import StepRehash
+
+
+def optimize_model(
+    model: Callable[..., Any],
+    budget: Budget,
+    allow_recompute: bool = False,
+    step_rehash: StepRehash | None = None,
+    backend: str | None = None,
+    resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
+) -> StreamedModule:
+    """A streamed module in place of ``model``, or with ``step_rehash`` one that skips steps.
+
+    ``resident``, given a call's input tensors, says what the device holds beside them and the activations; by itself a
+    module is taken to be alone there with the weights that the call uses.
+    """
+
+    def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
+        held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
+        return compile_call(model, args, kwargs, budget, allow_recompute, held, backend)
+
+    def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        if resident is None or compiled.resident is None or budget.total_bytes is None:
+            return True
+        held, made = resident(tensors).bytes, compiled.plan
+        return held <= max(compiled.resident.bytes, budget.total_bytes - made.input_bytes - made.peak_bytes)
+
+    if step_rehash is not None:
+        return rehash_module(model, budget, step_rehash, allow_recompute, backend, resident, fits)
+    return StreamedModule(model, compiler, Region(budget, backend, allow_recompute), fits)

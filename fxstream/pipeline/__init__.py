@@ -1,0 +1,1 @@
+"""Whole diffusers pipelines: their stages, rehearsed, planned and replaced."""

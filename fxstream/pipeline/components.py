@@ -1,0 +1,65 @@
+"""What a pipeline is made of, told by what its components offer: which are streamed, and what their weights weigh."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxstream.passes.graph.capture import owner
+
+CODEC = ("encode", "decode")
+"""Methods of a VAE that a pipeline calls instead of the module itself."""
+
+
+def modules_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's modules by name, the user's own where one is streamed."""
+    found = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: owner(module)[0] for name, module in found.items()}
+
+
+def streamed_methods(module: nn.Module) -> tuple[str, ...]:
+    """The methods of a component that become stages: a codec's own, ``forward`` of what takes a timestep, or none."""
+    if callable(getattr(module, "decode", None)):
+        return tuple(name for name in CODEC if callable(getattr(module, name, None)))
+    parameters = inspect.signature(module.forward).parameters
+    return ("forward",) if any(name.startswith("timestep") for name in parameters) else ()
+
+
+def stage_name(component: str, method: str) -> str:
+    return component if method == "forward" else f"{component}.{method}"
+
+
+def weights_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers of a module."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def weight_bytes(modules: Mapping[str, nn.Module], device: torch.device | None = None) -> dict[str, int]:
+    """Bytes of each component's weights, of those on ``device`` alone where one is given.
+
+    Weights that components share count for the first of them.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, module in modules.items():
+        weights = [weight for weight in weights_of(module) if device is None or same_device(weight.device, device)]
+        found[name] = sum(_new_bytes(weights, seen))
+    return {name: size for name, size in found.items() if size}
+
+
+def _new_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[int]:
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            yield storage.nbytes()
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one: an index that isn't given is 0."""
+    return one == other or (one.type == other.type and (one.index or 0) == (other.index or 0))

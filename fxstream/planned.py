@@ -1,0 +1,142 @@
+"""Planned calls: from a model and its inputs to the rewritten graph and the plan that it carries out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxstream.budget import Budget, Resident, format_bytes
+from fxstream.errors import MemoryBudgetError
+from fxstream.passes.graph.capture import Captured, capture
+from fxstream.passes.graph.internal import internal_errors
+from fxstream.passes.graph.liveness import MemoryProfile, profile
+from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.stream import stream
+from fxstream.report import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A planned call: the rewritten graph, how to call it, and the plan that it carries out.
+
+    ``resident`` is what was held beside it when it was planned, where that is more than the graph's own weights.
+    ``run`` is the graph as it is or compiled: flat tensors in, flat tensors out.
+    """
+
+    captured: Captured
+    graph_module: fx.GraphModule
+    plan: Plan
+    run: Callable[..., Sequence[torch.Tensor]]
+    resident: Resident | None = None
+
+
+def compile_call(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    budget: Budget,
+    allow_recompute: bool = False,
+    resident: Resident | None = None,
+    backend: str | None = None,
+) -> Compiled:
+    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
+    began = time.perf_counter()
+    planned = plan_captured(capture(model, args, kwargs), budget, began, allow_recompute, resident)
+    return replace(planned, run=compiled_by(backend, planned.graph_module))
+
+
+def plan_captured(
+    captured: Captured,
+    budget: Budget,
+    began: float,
+    allow_recompute: bool = False,
+    resident: Resident | None = None,
+) -> Compiled:
+    """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
+    with internal_errors("normalizing", captured.graph_module):
+        graph_module = normalize(captured.graph_module)
+    fitted, made = fit_graph(graph_module, budget, time.perf_counter() - began, allow_recompute, resident)
+    return Compiled(captured, fitted, made, fitted, resident)
+
+
+def fit_graph(
+    graph_module: fx.GraphModule,
+    budget: Budget | None,
+    seconds: float,
+    allow_recompute: bool = False,
+    resident: Resident | None = None,
+    held_bytes: int = 0,
+    model: MemoryProfile | None = None,
+) -> tuple[fx.GraphModule, Plan]:
+    """Rewrite a graph to a budget, beside ``held_bytes`` that are held for the steps to come.
+
+    ``model`` is the profile of the whole captured graph, if that is another: its weights and inputs are held, and a
+    share refers to its peak. Its capture took ``seconds``.
+    """
+    planning = time.perf_counter()
+    with internal_errors("planning", graph_module):
+        before = profile(graph_module)
+    model = model or before
+    held = (model.weight_bytes if resident is None else resident.bytes) + int(model.input_bytes)
+    if budget is None:
+        allowed: int | None = before.peak_bytes
+    else:
+        allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
+    with internal_errors("planning", graph_module):
+        streamed = stream(graph_module, allowed, allow_recompute)
+        if allowed is not None and streamed.after.peak_bytes > allowed:
+            streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
+        made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
+    if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
+        raise _budget_error(made, budget, allowed, held, held_bytes, resident)
+    return streamed.graph_module, made
+
+
+def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as it is run: compiled by a backend of torch.compile, if one is named."""
+    if backend is None:
+        return graph_module
+    from fxstream.compiled import compile_by
+
+    return compile_by(backend, graph_module)
+
+
+def _budget_error(
+    made: Plan, budget: Budget, allowed: int, held: int, cached: int, resident: Resident | None
+) -> MemoryBudgetError:
+    account = "activations alone" if budget.share is not None else "weights, inputs and activations"
+    extra = cached if budget.share is not None else held + cached
+    lowest = made.after.peak_bytes + extra
+    largest = made.after.holders[0] if made.after.holders else None
+    where = made.after.nodes[made.after.peak_index]
+    stage = resident.stage if resident else ""
+    message = f"{stage}: " if stage else ""
+    message += (
+        f"the budget of {format_bytes(allowed + extra)} for {account} can't be met; the lowest reachable is "
+        f"{format_bytes(lowest)} ({lowest} bytes). It is reached at {where}"
+    )
+    if largest is not None:
+        message += f", where the largest tensor is {largest.node} of {largest.module_path or 'the model'}"
+        message += f" ({format_bytes(largest.bytes)})"
+    if cached:
+        message += f". Held between steps: {format_bytes(cached)}"
+    if budget.share is None and held + cached >= allowed + extra:
+        message += f". Weights and inputs alone hold {format_bytes(held)}"
+    elif stage and budget.share is None:
+        message += f". Beside its activations the pipeline holds {format_bytes(held + cached)}"
+    message += (
+        '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'
+    )
+    return MemoryBudgetError(
+        message,
+        budget_bytes=allowed + extra,
+        lowest_bytes=lowest,
+        holders=made.after.holders,
+        plan=made,
+        stage=stage,
+    )

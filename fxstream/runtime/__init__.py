@@ -1,0 +1,1 @@
+"""What a rewritten graph needs to run. Imports torch alone."""

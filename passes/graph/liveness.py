@@ -1,0 +1,205 @@
+"""Liveness: when each storage of a graph is born and dies, and what that makes of memory along the schedule.
+
+A storage is born at the node that creates it and dies after the last use of any view of it; outputs live to the end.
+Aliasing is read off the fake values: ``node.meta["val"]`` of a view shares its base's storage. Weights and inputs are
+apart: they are the caller's. During a node its inputs, its outputs and its transient memory are live at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxstream.passes.graph.capture import module_path
+from fxstream.passes.machine.workspace import workspace_bytes
+from fxstream.runtime.loop import SlicedLoop
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """A storage that is live at some node: ``bytes`` of it, made by ``node`` of the user's ``module_path``.
+
+    It is live from position ``birth`` to position ``death`` of its profile's nodes, both included.
+    """
+
+    node: str
+    module_path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    birth: int
+    death: int
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """Memory along a graph's schedule, in bytes, over its weights and inputs.
+
+    ``live_bytes[i]`` is what is live during ``nodes[i]``: those of ``tensors`` that live then, and a kernel's workspace
+    or the inside of a sliced loop. ``tensors`` are in the order of their birth.
+    """
+
+    nodes: tuple[str, ...]
+    module_paths: tuple[str, ...]
+    live_bytes: tuple[int, ...]
+    tensors: tuple[LiveTensor, ...]
+    weight_bytes: int
+    input_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is live during any node."""
+        return max(self.live_bytes, default=0)
+
+    @property
+    def peak_index(self) -> int:
+        """Index into ``nodes`` of the first node at the peak."""
+        return self.live_bytes.index(self.peak_bytes) if self.live_bytes else 0
+
+    def live_at(self, index: int) -> tuple[LiveTensor, ...]:
+        """The tensors live during ``nodes[index]``, largest first."""
+        return tuple(sorted((t for t in self.tensors if t.birth <= index <= t.death), key=lambda t: -t.bytes))
+
+    @cached_property
+    def holders(self) -> tuple[LiveTensor, ...]:
+        """The tensors live at the peak, largest first."""
+        return self.live_at(self.peak_index)
+
+    @property
+    def transient_bytes(self) -> int:
+        """The rest of the peak: a kernel's workspace, or the inside of a sliced loop."""
+        return self.peak_bytes - sum(tensor.bytes for tensor in self.holders)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One storage of a graph: born at schedule position ``birth``, last used at ``death``.
+
+    ``node`` is the node that made it; what the graph returns dies after the last position. Storages of weights and
+    inputs have no birth and are not listed.
+    """
+
+    node: fx.Node
+    bytes: int
+    birth: int
+    death: int
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """The storages of a graph along its schedule.
+
+    ``of[node]`` are the indices into ``storages`` that a node's value lies in (none for weights, inputs and views of
+    them).
+    """
+
+    schedule: tuple[fx.Node, ...]
+    storages: tuple[Storage, ...]
+    of: dict[fx.Node, tuple[int, ...]]
+    transient: tuple[int, ...]
+
+    def live_bytes(self) -> list[int]:
+        """Bytes live during each node of the schedule."""
+        changes = [0] * (len(self.schedule) + 2)
+        for storage in self.storages:
+            changes[storage.birth] += storage.bytes
+            changes[storage.death + 1] -= storage.bytes
+        live, total = [], 0
+        for change, transient in zip(changes, self.transient, strict=False):
+            total += change
+            live.append(total + transient)
+        return live
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a node's value: one, several, or none."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of the elements of a node's value."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
+
+
+def storages_of(value: Any) -> Iterator[tuple[int, int]]:
+    """(identity, bytes) of each storage under a value."""
+    for tensor in tensors_of(value):
+        storage = tensor.untyped_storage()
+        yield storage._cdata, int(storage.nbytes())  # of a permuted input torch.export makes a symbolic number
+
+
+def analyze(graph_module: fx.GraphModule) -> Liveness:
+    """The liveness of a graph whose nodes carry fake values."""
+    graph = graph_module.graph
+    schedule = tuple(node for node in graph.nodes if node.op in ("call_function", "call_module", "call_method"))
+    position = {node: index for index, node in enumerate(schedule)}
+    outside = {
+        key
+        for node in graph.nodes
+        if node.op in ("placeholder", "get_attr")
+        for key, _ in storages_of(node.meta["val"])
+    }
+    index: dict[int, int] = {}
+    made: list[tuple[fx.Node, int]] = []
+    death: list[int] = []
+    of: dict[fx.Node, tuple[int, ...]] = {}
+    for node in schedule:
+        mine = []
+        for key, size in storages_of(node.meta["val"]):
+            if key in outside:
+                continue
+            if key not in index:
+                index[key] = len(made)
+                made.append((node, size))
+                death.append(position[node])
+            if index[key] not in mine:
+                mine.append(index[key])
+        of[node] = tuple(mine)
+    for node in schedule:
+        last = max((position.get(user, len(schedule)) for user in node.users), default=position[node])
+        for storage in of[node]:
+            death[storage] = max(death[storage], last)
+    storages = tuple(Storage(node, size, position[node], dead) for (node, size), dead in zip(made, death, strict=True))
+    transient = tuple(_transient_bytes(graph_module, node) for node in schedule)
+    return Liveness(schedule, storages, of, transient)
+
+
+def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
+    """What a node allocates and frees again: a kernel's workspace, or the peak of a sliced loop's bodies."""
+    if node.op != "call_module":
+        return workspace_bytes(node)
+    loop = graph_module.get_submodule(str(node.target))
+    assert isinstance(loop, SlicedLoop)
+    return max(max(analyze(body).live_bytes(), default=0) for body in loop.graphs().values())
+
+
+def profile(graph_module: fx.GraphModule) -> MemoryProfile:
+    """The memory profile of a graph whose nodes carry fake values."""
+    liveness = analyze(graph_module)
+    graph = graph_module.graph
+    return MemoryProfile(
+        nodes=tuple(node.name for node in liveness.schedule),
+        module_paths=tuple(module_path(node) for node in liveness.schedule),
+        live_bytes=tuple(liveness.live_bytes()),
+        tensors=tuple(_describe(storage, len(liveness.schedule) - 1) for storage in liveness.storages),
+        weight_bytes=_bytes_of(graph, "get_attr"),
+        input_bytes=_bytes_of(graph, "placeholder"),
+    )
+
+
+def _bytes_of(graph: fx.Graph, op: str) -> int:
+    found = {key: size for node in graph.nodes if node.op == op for key, size in storages_of(node.meta["val"])}
+    return sum(found.values())
+
+
+def _describe(storage: Storage, last: int) -> LiveTensor:
+    node = storage.node
+    tensor = next(t for t in tensors_of(node.meta["val"]) if t.untyped_storage().nbytes() == storage.bytes)
+    lifetime = (storage.birth, min(storage.death, last))
+    return LiveTensor(node.name, module_path(node), tuple(tensor.shape), tensor.dtype, storage.bytes, *lifetime)

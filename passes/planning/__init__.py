@@ -1,0 +1,1 @@
+"""Which loops: the program, its runs, what they would hold and take. Imports graph/, machine/ and operators/."""

@@ -1,5 +1,0 @@
-"""Slice rules of ATen operators, one file a family; importing this package registers them all."""
-
-from fxstream.passes.rules import attention, conv, matmul, norms, pointwise, tensors, views
-
-__all__ = ["attention", "conv", "matmul", "norms", "pointwise", "tensors", "views"]
