@@ -7,6 +7,8 @@ its state, making one, drawing from Python's or numpy's.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import random
 import sys
@@ -115,7 +117,7 @@ def _seeding_refused() -> Iterator[None]:
 
     class Refusing:
         def __getattr__(self, name: str) -> Any:
-            if get_ident() == thread:
+            if get_ident() == thread and not _is_torchs(sys._getframe(1)):
                 raise DrawError(f"forward seeds torch's generator, or sets or reads its state ({name})")
             return getattr(real, name)
 
@@ -124,6 +126,18 @@ def _seeding_refused() -> Iterator[None]:
         yield
     finally:
         torch.random.default_generator = real
+
+
+def _is_torchs(frame: FrameType | None) -> bool:
+    """Whether torch itself called its functions for random numbers, from this frame on."""
+    while frame is not None and frame.f_code.co_filename.endswith(_BETWEEN):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_TORCH)
+
+
+_TORCH = os.path.dirname(torch.__file__)
+_BETWEEN = ("torch/random.py", "torch/_compile.py", "torch/_dynamo/eval_frame.py", contextlib.__file__)
+"""Files with frames between a call of torch's functions for random numbers and what they do."""
 
 
 class States:
