@@ -147,6 +147,7 @@ class StreamedModule(nn.Module):
             return region(lambda: function(*args, **kwargs), token=self._region.token)
         inputs = Inputs.of(args, kwargs)
         compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
+        compiled.captured.refuse_aliases(inputs.tensors)
         with torch.no_grad(), without_autocast(inputs.tensors), generators_given(inputs.generators):
             return compiled.captured.result(self._run(compiled, inputs.tensors))
 

@@ -14,7 +14,7 @@ import operator
 import os
 import re
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -26,14 +26,16 @@ import torch
 from torch import Generator, fx, nn
 from torch._inductor import config as inductor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
+from fxstream.passes.graph.aliases import overlaps, refuse_written
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.composites import open_composites, write_in_place
+from fxstream.passes.graph.effects import memories, written
 from fxstream.passes.graph.generators import DrawError, Generators, States, kept_generators, moves_watched
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
@@ -96,7 +98,7 @@ class Inputs:
                 f"arguments of type {', '.join(kinds)} can't be told apart between calls: pass tensors, numbers, "
                 "strings, or containers that torch.utils._pytree knows"
             ) from None
-        return self.spec, rest, tensors
+        return self.spec, rest, (tensors, overlaps(self.tensors))
 
     def _told(self, leaf: Any) -> Any:
         """What tells a leaf apart: of a generator its device, and the first leaf that is the same one."""
@@ -193,7 +195,7 @@ class Captured:
     """A captured call: ``graph_module(*tensors)`` gives the tensor leaves of the result.
 
     ``result`` puts the user's result together from them. It is right for inputs alone whose tensors at the positions
-    ``read`` have the values that they had.
+    ``read`` have the values that they had, and where what is ``written`` to shares no memory with another.
     """
 
     graph_module: fx.GraphModule
@@ -201,6 +203,16 @@ class Captured:
     rest: tuple[Any, ...]
     spec: pytree.TreeSpec
     read: tuple[int, ...] = ()
+    written: tuple[str, ...] = ()
+
+    def refuse_aliases(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ``CaptureError`` where an input or a weight that the call writes to lies over another of these."""
+        if self.written:
+            weights = [str(node.target) for node in self.graph_module.graph.find_nodes(op="get_attr")]
+            values = {name: operator.attrgetter(name)(self.graph_module) for name in weights}
+            named = {name.removeprefix(f"{ROOT}."): x for name, x in values.items() if isinstance(x, torch.Tensor)}
+            named |= {_input_name(index): tensor for index, tensor in enumerate(tensors)}
+            refuse_written(named, self.written, type(getattr(self.graph_module, ROOT)).__name__)
 
     def result(self, tensors: Sequence[torch.Tensor]) -> Any:
         return unflatten(tensors, self.rest, self.spec)
@@ -327,7 +339,21 @@ def _capture(module: nn.Module, function: Callable[..., Any], inputs: Inputs, ke
     with internal_errors("capture", exported.graph_module):
         graph_module = _graph_module(exported, module, generators)
         propagate_layouts(graph_module)
-    return Captured(graph_module, inputs.without_tensors(), *results[-1], read=tuple(sorted(known.read)))
+    read, changed = tuple(sorted(known.read)), _written(graph_module.graph)
+    captured = Captured(graph_module, inputs.without_tensors(), *results[-1], read=read, written=changed)
+    captured.refuse_aliases(inputs.tensors)
+    return captured
+
+
+def _written(graph: fx.Graph) -> tuple[str, ...]:
+    """Names of the inputs and weights that a captured graph writes to."""
+    names = {node: _input_name(index) for index, node in enumerate(graph.find_nodes(op="placeholder"))}
+    names |= {node: str(node.target).removeprefix(f"{ROOT}.") for node in graph.find_nodes(op="get_attr")}
+    return tuple(names[node] for write in graph.nodes for node in written(write) if node in names)
+
+
+def _input_name(index: int) -> str:
+    return f"input tensor {index}"
 
 
 class _DataSeen(TorchFunctionMode):
@@ -382,12 +408,21 @@ def _rewind(container: Any) -> Callable[[], None]:
 
 
 def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Inputs in the fake mode of the module's weights, where it has one."""
+    """Inputs in the fake mode of the module's weights, where it has one, and apart from each other and the weights."""
     weights = [*module.parameters(), *module.buffers()]
     mode = next((weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)), None)
     if mode is None:
-        return tuple(tensors)
+        return _apart(tensors, weights)
     return tuple(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in tensors)
+
+
+def _apart(tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors, fake ones of their layouts where some share memory: traced together they would be one."""
+    memories = Counter(x.untyped_storage()._cdata for x in (*tensors, *weights))
+    if all(memories[x.untyped_storage()._cdata] == 1 for x in tensors):
+        return tuple(tensors)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors)
 
 
 def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, generators: Generators) -> fx.GraphModule:
@@ -419,20 +454,34 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, gen
         env[node].meta = dict(node.meta)
     inputs = {node.name: node for node in source.nodes if node.op == "placeholder"}
     results = []
+    writes: dict[fx.Node, fx.Node] = {}
     for spec, value in zip(exported.graph_signature.output_specs, source.output_node().args[0], strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
-            results.append(env[value])
+            results.append(_seen_through(env[value], writes))
             continue
         name = next(name for name, given in specs.items() if spec.target in (name, given.target))
-        written = env[inputs[name]]
-        write = graph.call_function(torch.ops.aten.copy_.default, (written, env[value]))
-        write.meta = {**env[value].meta, "val": written.meta["val"]}
-        env[value] = write  # a result that is the mutated tensor is that tensor
+        changed = env[inputs[name]]
+        write = graph.call_function(torch.ops.aten.copy_.default, (changed, env[value]))
+        write.meta = {**env[value].meta, "val": changed.meta["val"]}
+        writes[env[value]] = write
     graph.output(tuple(results))
     root.add_module(ROOT, module)
     captured = fx.GraphModule(root, graph, class_name="Captured")
     share_weights(captured, module)
     return captured
+
+
+def _seen_through(result: fx.Node, writes: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A result that is a written tensor, or a view of one, as that of the tensor that was written to."""
+    if result in writes:
+        return writes[result]
+    memory = memories(result.meta["val"])
+    if all(memory.isdisjoint(memories(value.meta["val"])) for value in writes):
+        return result
+    inputs = {read: _seen_through(read, writes) for read in result.all_input_nodes}
+    view = result.graph.node_copy(result, inputs.__getitem__)
+    view.meta = dict(result.meta)
+    return view
 
 
 def _generator(graph: fx.Graph, root: nn.Module, place: int | None, generator: Generator) -> fx.Node:

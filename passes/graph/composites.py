@@ -9,7 +9,7 @@ copies: it becomes a copy and a call of the operator itself.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2_de
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxstream.passes.graph.effects import written
+from fxstream.passes.graph.effects import memories, written
 from fxstream.passes.graph.propagate import fake_mode_of
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
 def open_composites(graph_module: fx.GraphModule) -> None:
     """Replace what has to be of a traced graph that is not functional yet, in place."""
     graph = graph_module.graph
-    changed = {key for node in graph.nodes for read in written(node) for key in _storages(read.meta["val"])}
+    changed = {key for node in graph.nodes for read in written(node) for key in memories(read.meta["val"])}
     for node in list(graph.nodes):
         if isinstance(node.target, OpOverload) and _has_to(node, node.target, changed):
             inline(node, node.target)
@@ -41,8 +41,8 @@ def _has_to(node: fx.Node, target: OpOverload, changed: set[int]) -> bool:
         return True
     if any(argument.alias_info is not None for argument in target._schema.arguments):
         return False
-    shared = changed.intersection(_storages(node.meta.get("val")))
-    return any(not shared.isdisjoint(_storages(read.meta.get("val"))) for read in node.all_input_nodes)
+    shared = changed.intersection(memories(node.meta.get("val")))
+    return any(not shared.isdisjoint(memories(read.meta.get("val"))) for read in node.all_input_nodes)
 
 
 def write_in_place(graph_module: fx.GraphModule) -> None:
@@ -59,10 +59,10 @@ def _write(node: fx.Node) -> None:
     """Call a custom operator on what it writes to, or on copies of what is the caller's or is read later as it was."""
     graph, bases = node.graph, node.kwargs["_all_bases"]
     nodes = list(graph.nodes)
-    read = {key for each in graph.find_nodes(op="placeholder") for key in _storages(each.meta["val"])}
+    read = {key for each in graph.find_nodes(op="placeholder") for key in memories(each.meta["val"])}
     for later in nodes[nodes.index(node) + 1 :]:
-        read.update(key for each in later.all_input_nodes if each is not node for key in _storages(each.meta["val"]))
-    kept = tuple(i for i, base in enumerate(bases) if not read.isdisjoint(_storages(base.meta["val"])))
+        read.update(key for each in later.all_input_nodes if each is not node for key in memories(each.meta["val"]))
+    kept = tuple(i for i, base in enumerate(bases) if not read.isdisjoint(memories(base.meta["val"])))
     inline(node, partial(auto_functionalized_v2_dense, _only_clone_these_bases=kept))
 
 
@@ -109,8 +109,3 @@ def inline(node: fx.Node, function: Callable[..., Any]) -> None:
         user.replace_all_uses_with(result[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _storages(value: Any) -> Iterator[int]:
-    values = value if isinstance(value, (list, tuple)) else (value,)
-    return (x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor))

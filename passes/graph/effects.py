@@ -49,6 +49,12 @@ def written(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def memories(value: Any) -> set[int]:
+    """The storages under a node's value."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return {x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor)}
+
+
 def writes(node: fx.Node) -> bool:
     """Whether a node writes to a tensor that it is given."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
