@@ -457,7 +457,7 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, gen
     writes: dict[fx.Node, fx.Node] = {}
     for spec, value in zip(exported.graph_signature.output_specs, source.output_node().args[0], strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
-            results.append(_seen_through(env[value], writes))
+            results.append(seen_through(env[value], writes))  # what is returned of a written tensor is of it
             continue
         name = next(name for name, given in specs.items() if spec.target in (name, given.target))
         changed = env[inputs[name]]
@@ -471,14 +471,14 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, gen
     return captured
 
 
-def _seen_through(result: fx.Node, writes: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A result that is a written tensor, or a view of one, as that of the tensor that was written to."""
-    if result in writes:
-        return writes[result]
+def seen_through(result: fx.Node, others: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A result that is one of some tensors, or a view of one, as that of the other tensor in its place."""
+    if result in others:
+        return others[result]
     memory = memories(result.meta["val"])
-    if all(memory.isdisjoint(memories(value.meta["val"])) for value in writes):
+    if all(memory.isdisjoint(memories(value.meta["val"])) for value in others):
         return result
-    inputs = {read: _seen_through(read, writes) for read in result.all_input_nodes}
+    inputs = {read: seen_through(read, others) for read in result.all_input_nodes}
     view = result.graph.node_copy(result, inputs.__getitem__)
     view.meta = dict(result.meta)
     return view

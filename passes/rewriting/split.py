@@ -14,7 +14,7 @@ from operator import attrgetter
 import torch
 from torch import fx
 
-from fxstream.passes.graph.capture import ROOT, module_path, share_weights
+from fxstream.passes.graph.capture import ROOT, module_path, seen_through, share_weights
 from fxstream.passes.graph.effects import has_effect, stays
 from fxstream.passes.graph.liveness import bytes_of, storages_of
 from fxstream.passes.graph.propagate import fake_mode_of, propagate
@@ -62,12 +62,17 @@ def returning(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphM
         value = env[node]
         ((key, size),) = storages_of(value.meta["val"])
         if key in held or size > bytes_of(value.meta["val"]) or _is_outside(value):
-            value = graph.call_function(aten.clone.default, (value,))
-            value.meta = {**env[node].meta}
+            value = _clone(graph, value)
         held.add(key)
         values.append(value)
     graph.output((*results, *values))
     return _module(graph_module, graph)
+
+
+def _clone(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    copy = graph.call_function(aten.clone.default, (value,))
+    copy.meta = dict(value.meta)
+    return copy
 
 
 def subgraph(graph_module: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
@@ -99,7 +104,12 @@ def _is_outside(value: fx.Node) -> bool:
 
 def _skip(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
     graph, env = _copied(graph_module, {node: f"cut_{index}" for index, node in enumerate(cut)})
-    graph.output(tuple(env[node] for node in _results(graph_module.graph)))
+    propagate(graph)
+    results = [env[node] for node in _results(graph_module.graph)]
+    returned = {key for node in results for key, _ in storages_of(node.meta["val"])}
+    held = [env[node] for node in cut if any(key in returned for key, _ in storages_of(env[node].meta["val"]))]
+    copies = {value: _clone(graph, value) for value in held}  # what is returned is the caller's, who may write to it
+    graph.output(tuple(seen_through(node, copies) for node in results))
     return _module(graph_module, graph)
 
 
