@@ -15,6 +15,7 @@ from torch import nn
 from fxstream.compile.regions import Region
 from fxstream.errors import GradientError
 from fxstream.passes.graph.capture import TARGET, Inputs, owner
+from fxstream.passes.graph.turns import turn
 from fxstream.runtime.autocast import autocast_dtype, without_autocast
 from fxstream.runtime.draws import generators_given
 
@@ -129,7 +130,10 @@ class StreamedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
-        return (*(compiled.plan for compiled in self._compiled.values()), *(self._region.plans if self._region else ()))
+        return (
+            *(compiled.plan for compiled in list(self._compiled.values())),
+            *(self._region.plans if self._region else ()),
+        )
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""
@@ -167,8 +171,17 @@ class StreamedModule(nn.Module):
         key = (*kind, inputs.values(read))
         compiled = self._compiled.get(key)
         if compiled is None or not self._fits(compiled, inputs.tensors):
+            with turn():
+                return self._planned(inputs, args, kwargs, kind)
+        return compiled
+
+    def _planned(self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], kind: Any) -> Compiled:
+        """The plan of a call, by the thread whose turn it is: maybe another has made it meanwhile."""
+        key = (*kind, inputs.values(self._read.get(kind, frozenset())))
+        compiled = self._compiled.get(key)
+        if compiled is None or not self._fits(compiled, inputs.tensors):
             compiled = self._compiler(args, kwargs)
-            self._read[kind] = read.union(compiled.captured.read)
+            self._read[kind] = self._read.get(kind, frozenset()).union(compiled.captured.read)
             key = (*kind, inputs.values(self._read[kind]))
             if key not in self._compiled:
                 self._warn_of_numbers(key)
@@ -180,7 +193,7 @@ class StreamedModule(nn.Module):
         (spec, rest, tensors), *others, _ = key
         alike = [
             known
-            for (known_spec, known, known_tensors), *known_others, _ in self._compiled
+            for (known_spec, known, known_tensors), *known_others, _ in list(self._compiled)
             if (known_spec, known_tensors, known_others) == (spec, tensors, others)
         ]
         numbers = {leaf for known in alike for leaf, now in zip(known, rest, strict=True) if leaf != now}

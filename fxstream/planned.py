@@ -16,6 +16,7 @@ from fxstream.passes.graph.capture import Captured, capture
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.graph.turns import turn
 from fxstream.passes.stream import stream
 from fxstream.report import Plan, make_plan
 
@@ -35,6 +36,7 @@ class Compiled:
     resident: Resident | None = None
 
 
+@turn()
 def compile_call(
     model: Callable[..., Any],
     args: Sequence[Any],
@@ -50,6 +52,7 @@ def compile_call(
     return replace(planned, run=compiled_by(backend, planned.graph_module))
 
 
+@turn()
 def plan_captured(
     captured: Captured,
     budget: Budget,

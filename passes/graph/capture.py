@@ -40,6 +40,8 @@ from fxstream.passes.graph.generators import DrawError, Generators, States, kept
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
 from fxstream.passes.graph.propagate import propagate_layouts
+from fxstream.passes.graph.turns import tracing_apart, turn
+from fxstream.passes.graph.twin import Twin
 from fxstream.runtime.draws import given_generator
 
 _TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
@@ -290,6 +292,7 @@ def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
 
 
+@turn()
 @collector_paused()
 def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
@@ -301,6 +304,11 @@ def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     keywords = dict(kwargs or {})
     bind(target, args, keywords)
     inputs = Inputs.of(args, keywords)
+    return _undisturbed(module, function, inputs)
+
+
+def _undisturbed(module: nn.Module, function: Callable[..., Any], inputs: Inputs) -> Captured:
+    """A capture in which no generator moves that is not torch's."""
     kept = kept_generators(module)
     states = States(kept)
     try:
@@ -323,18 +331,20 @@ def _capture(module: nn.Module, function: Callable[..., Any], inputs: Inputs, ke
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
     known = KnownValues(inputs.tensors)
     generators = Generators(inputs.generators, kept)
-    flat = _Flat(module, function, inputs.drawing_from(generators.traced), known, generators, results.append)
+    twin = Twin(module)
+    traced = inputs.drawing_from(generators.traced)
+    flat = _Flat(twin.module, twin.of(function), traced, known, generators, results.append)
     try:
-        with torch.no_grad(), _quiet(), _attributes_kept(module), _DataSeen():
+        with torch.no_grad(), _quiet(), _attributes_kept(module), _DataSeen(), tracing_apart():
             exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
             open_composites(exported.graph_module)
             with inductor.patch(fallback_random=True):  # draws that nothing reads are kept
                 exported = exported.run_decompositions({})
             write_in_place(exported.graph_module)
     except _ForwardError as error:
-        raise _capture_error(module, error.__cause__ or error) from error.__cause__
+        raise _capture_error(twin.module, error.__cause__ or error) from error.__cause__
     except Exception as error:
-        raise _capture_error(module, error) from error
+        raise _capture_error(twin.module, error) from error
     _check_static(exported, module)
     with internal_errors("capture", exported.graph_module):
         graph_module = _graph_module(exported, module, generators)

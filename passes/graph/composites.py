@@ -57,7 +57,8 @@ def write_in_place(graph_module: fx.GraphModule) -> None:
 
 def _write(node: fx.Node) -> None:
     """Call a custom operator on what it writes to, or on copies of what is the caller's or is read later as it was."""
-    graph, bases = node.graph, node.kwargs["_all_bases"]
+    graph = node.graph
+    bases: Any = node.kwargs["_all_bases"]
     nodes = list(graph.nodes)
     read = {key for each in graph.find_nodes(op="placeholder") for key in memories(each.meta["val"])}
     for later in nodes[nodes.index(node) + 1 :]:
@@ -101,7 +102,7 @@ def inline(node: fx.Node, function: Callable[..., Any]) -> None:
             if made.op == "call_function":
                 env[made] = graph.node_copy(made, env.__getitem__)
                 env[made].meta = {**node.meta, "val": made.meta.get("val")}
-    result = fx.map_arg(traced.output_node().args[0], env.__getitem__)
+    result: Any = fx.map_arg(traced.output_node().args[0], env.__getitem__)
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     for user in list(node.users):

@@ -242,7 +242,7 @@ def _is_filled(cell: Any) -> bool:
 
 def is_generator(value: Any) -> bool:
     """Whether this draws random numbers: a generator of torch, Python or numpy."""
-    kinds = (Generator, random.Random)
+    kinds: tuple[Any, ...] = (Generator, random.Random)
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"].random
         kinds = (*kinds, numpy.Generator, numpy.RandomState)
