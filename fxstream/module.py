@@ -130,10 +130,8 @@ class StreamedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
-        return (
-            *(compiled.plan for compiled in list(self._compiled.values())),
-            *(self._region.plans if self._region else ()),
-        )
+        made = [compiled.plan for compiled in list(self._compiled.values())]
+        return (*made, *(self._region.plans if self._region else ()))
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""

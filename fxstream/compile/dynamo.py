@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxstream.budget import Budget
 from fxstream.errors import GradientError, MemoryBudgetError
 from fxstream.passes.graph.capture import FRAME, Captured, capture
+from fxstream.passes.graph.turns import turn
 from fxstream.planned import plan_captured
 from fxstream.report import Plan
 
@@ -42,6 +43,7 @@ class PlannedGraph:
         return [inputs[place] for place in self.places]
 
 
+@turn()
 def plan_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Any], budget: Budget, allow_recompute: bool = False
 ) -> PlannedGraph:

@@ -65,7 +65,7 @@ def test_a_call_that_writes_to_an_alias_is_refused_first_or_later(planned, made)
     if planned:
         streamed(*apart())
     for _ in range(2):
-        with pytest.raises(CaptureError, match="writes to its input tensor 0, .*Give it a copy|give it a copy"):
+        with pytest.raises(CaptureError, match="writes to its input tensor 0, "):
             streamed(*made())
     mine, its = apart(), None
     its = [x.clone() for x in mine]
