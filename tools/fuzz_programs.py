@@ -189,9 +189,11 @@ class Drawer:
         return self.random.random() < share
 
     def dim(self, x: Tensor) -> int:
+        need(x.dim() > 0)
         return self.random.randrange(x.dim())
 
     def dims(self, x: Tensor, most: int = 3) -> list[int]:
+        need(x.dim() > 0)
         return sorted(self.random.sample(range(x.dim()), self.random.randint(1, min(most, x.dim()))))
 
     def divisor(self, size: int, least: int = 1) -> int:

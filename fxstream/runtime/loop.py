@@ -78,9 +78,16 @@ class Output:
 
     def allocate(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         target = None if self.over is None else inputs[self.over]
-        if target is None or self.over_stride not in (None, target.stride()):
+        if target is None or not _lies_as(target, self.over_stride):
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return target.as_strided(self.shape, self.stride, target.storage_offset())
+
+
+def _lies_as(tensor: torch.Tensor, stride: Sequence[int] | None) -> bool:
+    """Whether a tensor has these strides, where they matter: not in a dimension of size one."""
+    if stride is None:
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

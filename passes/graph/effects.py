@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 
 CHANCES = ("dropout_p", "dropout")
 """Arguments by which an operator drops out nothing, and draws nothing, where they are zero."""
@@ -52,7 +53,7 @@ def written(node: fx.Node) -> list[fx.Node]:
 def memories(value: Any) -> set[int]:
     """The storages under a node's value."""
     values = value if isinstance(value, (list, tuple)) else (value,)
-    return {x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor)}
+    return {x.untyped_storage()._cdata for x in values if isinstance(x, FakeTensor)}
 
 
 def writes(node: fx.Node) -> bool:

@@ -2,8 +2,8 @@
 
 Assertions, copies that change neither layout nor dtype, multiplication and division by one, pads of no width, dead
 code; operators that read a tensor only for its dtype are put so that they don't, and a batch norm of which only the
-first result is used as the operator that has no other. Every change leaves each remaining value as it was, to the bit
-and to the stride.
+first result is used as the operator that has no other; of a view that is assigned to, only what it shows is copied.
+Every change leaves each remaining value as it was, to the bit; and to the stride, such views apart.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ LIKE = {
 """Draws of which a tensor tells the shape, and what draws the same of a shape."""
 
 SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
+STORAGE_COPIES = {*SCATTERS, aten.diagonal_scatter.default}
+"""Operators that copy the whole storage that their first argument lies in."""
+
 UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 
 
@@ -48,6 +51,11 @@ def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
             continue
         _forget_kind(node)
         _forget_results(node)
+        if copies_more(node.target, node.args):
+            with graph.inserting_before(node):
+                shown = graph.call_function(aten.clone.default, node.args[:1])
+            shown.meta = {**node.meta, "val": node.args[0].meta["val"]}
+            node.update_arg(0, shown)
         if _is_assertion(node):
             graph.erase_node(node)
         elif _is_identity(node) and not _must_be_another(node, returned, changed):
@@ -57,6 +65,14 @@ def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
     propagate(graph)
     graph_module.recompile()
     return graph_module
+
+
+def copies_more(target: Any, args: Any) -> bool:
+    """Whether a call copies more than its first argument, a view, shows of a storage."""
+    if target not in STORAGE_COPIES:
+        return False
+    value = args[0].meta["val"]
+    return any(size > value.numel() * value.element_size() for _, size in storages_of(value))
 
 
 def _forget_kind(node: fx.Node) -> None:

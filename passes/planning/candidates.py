@@ -129,7 +129,8 @@ def _hills(program: Program, run: Run) -> Iterator[tuple[int, int]]:
         while rising:
             start, top = rising[-1]
             most = max(most, top)
-            if most - cuts[start] >= least and 1 < at - start <= LONGEST_HILL:
+            alone = at - start == 1 and program.liveness.transient[start] < least
+            if most - cuts[start] >= least and at - start <= LONGEST_HILL and not alone:
                 yield start, at - 1
             if cuts[start] < cuts[at]:
                 rising[-1] = start, most
@@ -176,7 +177,7 @@ class _Sweep:
                 continue
             if not self._enter(index):
                 return
-            stored = self._stored(index) if index in ends and index > self.start else None
+            stored = self._stored(index) if index in ends else None
             if stored:
                 over = self._overwrites(index)
                 new = sum(size for at, size in self.outputs.items() if at not in over)

@@ -29,6 +29,10 @@ MOST_HALO = 0.25
 """A run ends where its first nodes would compute more than this share of the axis beyond each slice."""
 
 
+LEAST_ALONE = 0.02
+"""An operator is a run alone where its workspace is at least this share of the peak."""
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """Nodes ``start`` to ``end`` of the schedule, those in ``slices`` under one axis, the others independent of it.
@@ -60,7 +64,7 @@ class Run:
 
 
 def find_runs(program: Program, hot: Iterable[int]) -> list[Run]:
-    """The runs that begin at, or hold, the positions ``hot``, each with at least two sliced operators."""
+    """The runs that begin at, or hold, the positions ``hot``, each with two sliced operators or a large workspace."""
     factors = _factors(program)
     covered: set[tuple[int, Slice]] = set()
     runs = []
@@ -165,7 +169,9 @@ class _Scanner:
                 self._put_back(index)  # no window can be read of a list
         work = [index for index in self.slices if not self.program.is_view(index)]
         extent = self.slices[self.start].extent
-        return Run(extent, self.start, end, self.slices, self.cuts) if len(work) > 1 else None
+        if len(work) < 2 and self.program.liveness.transient[self.start] < LEAST_ALONE * self.program.peak_bytes:
+            return None
+        return Run(extent, self.start, end, self.slices, self.cuts)
 
     def _reach(self, index: int) -> float:
         own = self.cuts[index].reach

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxstream.passes.graph.capture import rebuilt
 from fxstream.passes.graph.effects import stays
 from fxstream.passes.graph.liveness import analyze
+from fxstream.passes.graph.normalize import copies_more
 from fxstream.passes.graph.propagate import evaluate, has_view
 from fxstream.passes.operators.axes import Span, with_arguments
 from fxstream.passes.planning.grouping import Group
@@ -272,6 +273,8 @@ class _Body:
         if isinstance(target, OpOverload):
             arguments, first = cut.place(wanted, window)
             args, kwargs = with_arguments(target, args, kwargs, arguments)
+        if copies_more(target, args):
+            args = (_added(graph, args[0], aten.clone.default, args[0]), *args[1:])
         node = graph.create_node("call_function", target, args, kwargs, name=value.node.name)
         node.meta = dict(value.node.meta)
         if target in (aten.view.default, aten._unsafe_view.default) and not has_view(args[0].meta["val"], args[1]):

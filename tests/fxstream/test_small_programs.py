@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxstream
+from fxstream.tools.measure import measure_peak
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], list[tuple[int, ...]]]] = {
     # what is stored along an axis is shorter than what is read of it
@@ -108,6 +109,52 @@ def test_a_small_program_is_equal_at_the_lowest_budget(name):
         torch.testing.assert_close(got, own, rtol=1e-5, atol=1e-5)
     (plan,) = streamed.plans
     assert plan.after.peak_bytes <= plan.before.peak_bytes
+
+
+def rows_written(m: Any, x: Tensor) -> Tensor:
+    h = x * 2
+    for row in range(8):
+        h[row, : row * 4] = 0
+    h.diagonal().fill_(1)
+    return h.exp()
+
+
+def window_written(m: Any, x: Tensor) -> Tensor:
+    y = x.repeat_interleave(2, 1)
+    y[:-1].mul_(2)
+    return y
+
+
+MEASURED: dict[str, tuple[Callable[..., Any], list[Tensor], str | float]] = {
+    "rows are written": (rows_written, [torch.randn(32, 2048)], "min"),
+    "a window is written": (window_written, [torch.randn(2, 11, 15, 15, 4)], 0.85),
+    "strides of dimensions of size one": (
+        lambda m, x, y: (x + 1).permute(0, 2, 3, 1).reshape(34, 14, 32) + y,
+        [torch.randn(34, 14, 1, 32).permute(2, 3, 0, 1), torch.randn(34, 14, 32)],
+        "min",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_small_program_holds_what_is_planned(name):
+    function, args, budget = MEASURED[name]
+    model = Program(function, {})
+    streamed = fxstream.optimize(model, budget, example_args=args)
+    with torch.no_grad():
+        measured = measure_peak(streamed, *args)
+        torch.testing.assert_close(measured.result, model(*args))
+    assert measured.peak_bytes == pytest.approx(streamed.plans[0].after.peak_bytes, rel=0.01, abs=1024)
+
+
+def test_an_operator_alone_is_cut_where_its_workspace_makes_the_peak():
+    model = Program(lambda m, x: m.up(x), {"up": nn.ConvTranspose2d(16, 8, 3, 2, (1, 0), 1)})
+    x = torch.randn(3, 16, 22, 19)
+    streamed = fxstream.optimize(model, "min", example_args=(x,))
+    (plan,) = streamed.plans
+    assert plan.after.peak_bytes < 0.8 * plan.before.peak_bytes
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(x), model(x))
 
 
 def test_recomputing_never_ends_higher():

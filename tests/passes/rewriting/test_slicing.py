@@ -266,7 +266,8 @@ def test_any_candidate_of_a_network_can_be_a_loop(names, seed, pick, share):
     candidates = list(find_candidates(program, [runs[pick % len(runs)]]))
     candidate = candidates[pick % len(candidates)]
     slices = 1 + round(share * (candidate.run.extent - 1))
-    rewritten = Slicer(program).rewrite([Group(candidate, lengths_of(candidate.run.extent, slices))])
+    stored = {candidate.run.slices[index].extent for index in candidate.outputs}
+    rewritten = Slicer(program).rewrite([Group(candidate, lengths_of(candidate.run.extent, slices, stored))])
     before = x.clone()
     with torch.no_grad():
         measured = measure_peak(rewritten, x)
