@@ -273,9 +273,12 @@ class Drawer:
             self.values[line.makes] = space[line.makes]
 
     def _results(self) -> tuple[str, ...]:
+        """The last value, others that nothing reads, and at times one more, which may be an input."""
         made = [line.makes for line in self.lines if line.makes] or [self.inputs[0][0]]
-        results = [made[-1]]
-        while self.maybe(0.3):
+        read = frozenset[str]().union(*(line.reads for line in self.lines))
+        unread = [name for name in made[:-1] if name not in read]
+        results = [made[-1], *self.random.sample(unread, min(len(unread), self.random.randint(0, 3)))]
+        if self.maybe(0.2):
             results.append(self.pick([*made, *self.values]))
         return tuple(results)
 

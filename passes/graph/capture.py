@@ -74,6 +74,11 @@ class Inputs:
             if x.is_nested or x.layout is not torch.strided:
                 kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
                 raise CaptureError(f"input tensor {index} is {kind}, which fxstream can't plan for: pass a dense one")
+            if x.is_conj() or x.is_neg():
+                raise CaptureError(
+                    f"input tensor {index} is a view of conjugates or negatives, which fxstream can't plan for: "
+                    "pass x.resolve_conj().resolve_neg()"
+                )
         return inputs
 
     def without_tensors(self) -> Inputs:

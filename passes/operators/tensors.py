@@ -212,6 +212,7 @@ def select_scatter(call: Call, out: Slice) -> Cut | None:
     aten.zeros.default,
     aten.ones.default,
     aten.full.default,
+    aten.new_empty.default,
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,

@@ -783,6 +783,8 @@ def test_tensors_that_are_not_dense_are_refused(layout):
     nested = torch.nested.nested_tensor(rows, layout=getattr(torch, layout)) if layout != "sparse" else None
     with pytest.raises(CaptureError, match=f"input tensor 0 is {'sparse_coo' if nested is None else 'nested'}"):
         capture(nn.Identity(), (rows[0].to_sparse() if nested is None else nested,))
+    with pytest.raises(CaptureError, match=r"input tensor 0 is a view of conjugates .*pass x.resolve_conj\(\)"):
+        capture(nn.Identity(), (torch.complex(rows[0], rows[0]).conj(),))
     with pytest.raises(CaptureError, match="nested_tensor") as caught:
         capture(Nests(), (torch.randn(2, 4, 4),))
     assert caught.value.source.startswith(__file__)

@@ -17,6 +17,7 @@ COMPARABLE = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default),
     aten.empty_like.default: aten.zeros_like.default,
     aten.empty.memory_format: aten.zeros.default,
+    aten.new_empty.default: aten.new_zeros.default,
 }
 """What stands for operators here: parts of a tensor have strides that a view may refuse, and empty ones any values."""
 

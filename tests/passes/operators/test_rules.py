@@ -902,7 +902,7 @@ def full(random: Random, operator: OpOverload) -> Arguments:
     return (shape(random), 2.5), {}
 
 
-@sample(aten.new_zeros.default, aten.new_ones.default)
+@sample(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default)
 def create_new(random: Random, operator: OpOverload) -> Arguments:
     return (tensor(random, *shape(random)), shape(random)), {}
 
