@@ -154,11 +154,8 @@ def main() -> int:
         began = time.perf_counter()
         faults = kind(rounds)
         found += len(faults)
-        print(
-            f"{name}: {len(faults)} faults in {rounds} rounds, {time.perf_counter() - began:.0f} s",
-            *faults[:5],
-            sep="\n  ",
-        )
+        print(f"{name}: {len(faults)} faults in {rounds} rounds, {time.perf_counter() - began:.0f} s")
+        print(*(f"  {fault}\n" for fault in faults[:5]), sep="", end="", flush=True)
     return int(found > 0)
 
 
