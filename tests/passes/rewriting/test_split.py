@@ -152,5 +152,5 @@ def test_a_look_at_an_early_value_draws_nothing():
     state = torch.get_rng_state()
     early(torch.ones(2, 3), torch.tensor(500.0))
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="draws random numbers .* a second time: give another schedule"):
+    with pytest.raises(ValueError, match="would do a second time: give another schedule"):
         subgraph(graph_module, [node(graph_module, "cos")])
