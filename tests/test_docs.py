@@ -23,7 +23,6 @@ import torch
 import fxstream
 import fxstream.api  # registers the rules, which a test takes a copy of
 from fxstream.module import StreamedModule
-from fxstream.passes.machine import workspace
 from fxstream.passes.operators import axes
 from fxstream.tools import cli, pipelines
 from fxstream.tools.targets import NAMES, check
@@ -63,8 +62,7 @@ def small_world(monkeypatch, tmp_path):
     monkeypatch.setattr(pipelines, "build", lambda *_: (small_pipeline(), call))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for module, registry in ((axes, "_RULES"), (workspace, "_ON_CPU"), (workspace, "_ANYWHERE")):
-        monkeypatch.setattr(module, registry, dict(getattr(module, registry)))  # the page of rules adds to it
+    monkeypatch.setattr(axes, "_RULES", dict(axes._RULES))  # the page of rules adds to it
     torch._dynamo.reset()
     yield
     sys.modules.pop("mine", None)

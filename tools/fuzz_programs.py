@@ -253,7 +253,7 @@ class Drawer:
         name = f"m{len(self.lines)}"
         if hasattr(self.module, name):  # of a line that wasn't taken
             delattr(self.module, name)
-        space = {"torch": torch, "nn": nn, "F": F, "self": self.module, **self.values}
+        space: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "self": self.module, **self.values}
         try:
             for attribute in line.attributes:
                 exec(attribute, space)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.capture import capture, owner
+from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.rewriting.split import returning
 from fxstream.rehash.calibration import Calibration, fingerprint
@@ -103,7 +104,8 @@ class Recorder(StreamedModule):
     def __init__(self, model: Callable[..., Any], settings: Sequence[StepRehash]) -> None:
         def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             captured = capture(model, args, kwargs)
-            normalize(captured.graph_module)
+            with internal_errors("normalizing", captured.graph_module):
+                normalize(captured.graph_module)
             return _Recorded(model, captured, args, kwargs, settings)
 
         super().__init__(model, compiler)

@@ -10,9 +10,15 @@ other arithmetic is the same either way and is left out.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
 
 import torch
+
+aten = torch.ops.aten
 
 SHORT_RUN = 1024
 """Bytes that have to lie together for memory to be read at its full rate."""
@@ -72,3 +78,36 @@ CUDA = CostModel(
 def cost_model(device: torch.device) -> CostModel:
     """The prices for a device."""
     return CPU if device.type == "cpu" else CUDA
+
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+def convolves_plainly(target: Any, args: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether a convolution of a part of its input, of that shape, takes the slow kernel that torch has on the CPU.
+
+    This is torch's own choice between oneDNN and its plain kernels (`use_mkldnn` of ATen's Convolution.cpp).
+    """
+    if target not in CONVOLUTIONS or args[0].is_cuda:
+        return False
+    given: tuple[Any, ...] = (*args, *(None, 1, 0, 1, 1)[len(args) - 2 :])
+    input, weight, _, stride, _, dilation, groups = given
+    if input.dtype in (torch.bfloat16, torch.float16):
+        return not _in_onednn(input.dtype)
+    if input.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return True
+    steps = [step for each in (stride, dilation) for step in (each if isinstance(each, Sequence) else (each,))]
+    height, width = (1, *weight.shape[2:])[-2:]
+    batch = shape[0]
+    pays = max(*steps, height, width) > 1 or batch >= 16 or torch.get_num_threads() > 1
+    return not (pays and (groups > 1 or min(height, width) > 3 or batch > 1 or prod(shape[:4]) > 20480))
+
+
+@cache
+def _in_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for a reduced type on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()

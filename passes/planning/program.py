@@ -19,7 +19,8 @@ from fxstream.passes import operators as _rules  # noqa: F401  (registers the ru
 from fxstream.passes.graph.flops import flops
 from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of
 from fxstream.passes.graph.propagate import fake_mode_of, fake_tensor
-from fxstream.passes.machine.workspace import CONVOLUTIONS, call_workspace_bytes, convolves_plainly, has_workspace
+from fxstream.passes.machine.cost import CONVOLUTIONS, convolves_plainly
+from fxstream.passes.machine.workspace import call_workspace_bytes
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, forward, with_arguments
 from fxstream.passes.operators.layout import slice_layout
 
@@ -157,8 +158,6 @@ class Program:
         ``inside`` tells which of its tensors are the body's own, the others being windows of whole ones.
         """
         value = self.values[index]
-        if not self.liveness.transient[index] and (all(inside) or not has_workspace(value.call.target)):
-            return 0.0, 0.0
         key = (value.layout, out, inside)
         if key not in self._memo:
             long, short = max(1, out.extent // 4), max(1, out.extent // 16)

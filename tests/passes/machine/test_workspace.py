@@ -1,4 +1,4 @@
-"""Workspaces hold against the allocator's own events."""
+"""Workspaces hold against the allocator's own events, on the machine that runs the tests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import record_function
 from torch.utils import _pytree as pytree
 
+from fxstream.passes.machine import workspace
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.tools.measure import allocator_trace
 
@@ -46,17 +48,17 @@ class Cases:
     """Calls to be held against the allocator's events, all of them in one trace."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any], float]] = []
+        self.calls: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any]]] = []
 
-    def add(self, target: OpOverload, *args: Any, slack: float = 4096, **kwargs: Any) -> None:
-        """Expect the workspace of a call to within ``slack`` bytes (scalars and tables of indices are not counted)."""
-        self.calls.append((target, args, kwargs, slack))
+    def add(self, target: OpOverload, *args: Any, **kwargs: Any) -> None:
+        """Expect the workspace of a call, to the kilobyte."""
+        self.calls.append((target, args, kwargs))
 
     def check(self) -> None:
         @torch.no_grad()
         def run() -> list[int]:
             outputs = []
-            for index, (target, args, kwargs, _) in enumerate(self.calls):
+            for index, (target, args, kwargs) in enumerate(self.calls):
                 with record_function(f"call {index}"):
                     out = target(*args, **kwargs)
                 outputs.append(out.untyped_storage().nbytes())
@@ -72,9 +74,9 @@ class Cases:
                 live[index] += event.delta_bytes
                 peak[index] = max(peak[index], live[index])
         wrong = []
-        for (target, args, kwargs, slack), out, most in zip(self.calls, outputs, peak, strict=True):
+        for (target, args, kwargs), out, most in zip(self.calls, outputs, peak, strict=True):
             expected, measured = predicted(target, *args, **kwargs), max(0, most - out)
-            if abs(expected - measured) > slack:
+            if abs(expected - measured) > 1024:
                 shapes = [(tuple(x.shape), x.stride()) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
                 wrong.append(f"{target} {shapes}: {expected} predicted, {measured} measured")
         assert not wrong, "\n".join(wrong)
@@ -130,18 +132,15 @@ def test_convolution(cases: Cases, name: str, threads: int) -> None:
     for dtype in TYPES:
         image, weight, bias = (x if x is None else x.to(dtype) for x in make())
         target = aten.conv3d.default if image.ndim == 5 else aten.conv2d.default
-        window = 160 * 1024 * threads if dtype == BFLOAT else 4096  # of the input, that a thread copies with AMX
         for view in slices(image):
-            cases.add(target, view, weight, bias, slack=window, **options)
+            cases.add(target, view, weight, bias, **options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_convolution_in_one_dimension(cases: Cases, dtype: torch.dtype, threads: int) -> None:
     signal, weight = randn(4, 64, 256, dtype=dtype), randn(64, 64, 3, dtype=dtype)
     for view in (signal, signal[:, :, 10:50]):
-        cases.add(
-            aten.conv1d.default, view, weight, None, padding=[1], slack=32768 * threads if dtype == BFLOAT else 4096
-        )
+        cases.add(aten.conv1d.default, view, weight, None, padding=[1])
 
 
 ROWS: dict[str, Callable[[torch.dtype], Tensor]] = {
@@ -159,30 +158,22 @@ ROWS: dict[str, Callable[[torch.dtype], Tensor]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_linear(cases: Cases, name: str, threads: int) -> None:
     for dtype in TYPES:
-        slack = 4096 if dtype == FLOAT else 320 * 640 * 2 * threads  # a thread packs the weight whole, or blocks of it
         for grad in (True, False):
             weight = randn(640, 320, dtype=dtype).requires_grad_(grad)
-            cases.add(aten.linear.default, ROWS[name](dtype), weight, randn(640, dtype=dtype), slack=slack)
+            cases.add(aten.linear.default, ROWS[name](dtype), weight, randn(640, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_matrix_products(cases: Cases, dtype: torch.dtype, threads: int) -> None:
-    slack = 4096 if dtype == FLOAT else 320 * 640 * 2 * threads
-    rows, weight = randn(4096, 320, dtype=dtype), randn(320, 640, dtype=dtype)
-    cases.add(aten.mm.default, rows, weight, slack=slack)
-    cases.add(aten.addmm.default, randn(640, dtype=dtype), rows, weight, slack=slack)
-    a, b = randn(32, 256, 64, dtype=dtype), randn(32, 64, 256, dtype=dtype)
+    rows, weight = randn(512, 320, dtype=dtype), randn(320, 640, dtype=dtype)
+    cases.add(aten.mm.default, rows, weight)
+    cases.add(aten.addmm.default, randn(640, dtype=dtype), rows, weight)
+    a, b = randn(4, 256, 64, dtype=dtype), randn(4, 64, 256, dtype=dtype)
     for x, y in ((a, b), (a[:, 3:200], b), (a, b.mT.contiguous().mT), (a[:, :, :32], b[:, :32])):
-        cases.add(aten.bmm.default, x, y, slack=slack)
-    cases.add(aten.baddbmm.default, randn(32, 256, 256, dtype=dtype), a, b, slack=slack)
+        cases.add(aten.bmm.default, x, y)
+    cases.add(aten.baddbmm.default, randn(4, 256, 256, dtype=dtype), a, b)
     heads = randn(4, 256, 8, 64, dtype=dtype).transpose(1, 2)
-    cases.add(aten.matmul.default, heads, heads.mT, slack=slack)
-
-
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="measured with AMX")
-def test_long_contraction_sums_in_parts(cases: Cases, threads: int) -> None:
-    rows, weight = randn(4096, 2560, dtype=BFLOAT), randn(640, 2560, dtype=BFLOAT)
-    cases.add(aten.linear.default, rows, weight, slack=2 << 20)
+    cases.add(aten.matmul.default, heads, heads.mT)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -190,7 +181,7 @@ def test_attention(cases: Cases, dtype: torch.dtype, threads: int) -> None:
     attend = aten.scaled_dot_product_attention.default
 
     def heads(length: int, size: int = 40) -> Tensor:
-        return randn(4, length, 8, size, dtype=dtype).transpose(1, 2)
+        return randn(2, length, 4, size, dtype=dtype).transpose(1, 2)
 
     for queries, keys in ((900, 900), (256, 77), (100, 99), (60, 60), (7, 7), (300, 600)):
         cases.add(attend, heads(queries), heads(keys), heads(keys))
@@ -198,7 +189,7 @@ def test_attention(cases: Cases, dtype: torch.dtype, threads: int) -> None:
     cases.add(attend, odd, odd, odd)
     q, k, v = heads(200), heads(90), heads(90)
     cases.add(attend, q, k, v, is_causal=True)
-    for mask in (randn(200, 90, dtype=dtype), torch.ones(4, 1, 200, 90, dtype=torch.bool)):
+    for mask in (randn(200, 90, dtype=dtype), torch.ones(2, 1, 200, 90, dtype=torch.bool)):
         cases.add(attend, q, k, v, mask)
     # in full
     wide = heads(90, 64)
@@ -251,7 +242,7 @@ def test_resampling_and_pooling(cases: Cases, dtype: torch.dtype) -> None:
         for mode in ("constant", "circular", "reflect", "replicate"):
             cases.add(aten.pad.default, view, pads, mode)
     signal = randn(4, 32, 640, dtype=dtype)
-    cases.add(aten.conv_transpose1d.default, signal, randn(32, 32, 4, dtype=dtype), None, [2], slack=4 << 20)
+    cases.add(aten.conv_transpose1d.default, signal, randn(32, 32, 4, dtype=dtype), None, [2])
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -290,9 +281,46 @@ def test_pointwise_and_reductions(cases: Cases, dtype: torch.dtype) -> None:
     cases.add(aten.mean.default, rows)
 
 
-def test_only_the_cpu_is_modelled() -> None:
-    image, weight = (torch.empty(4, 64, 24, 32, device="meta"), torch.empty(64, 64, 3, 3, device="meta"))
-    assert predicted(aten.conv2d.default, image, weight) == 0
-    # the copy is made before any device's kernel
-    rows = image.flatten(2).mT
-    assert predicted(aten.layer_norm.default, rows, [64]) == 2 * 4 * 768 * 4 + 4 * 768 * 64 * 4
+def test_what_is_too_large_grows_from_what_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, weight = randn(14, 32, 96, 64), randn(32, 32, 3, 3)
+    rows, wide = randn(7, 300, 64).mT.contiguous().mT, randn(640, 64).requires_grad_()
+    calls = [
+        (aten.conv2d.default, (image, weight, None, [1, 1], [1, 1])),
+        (aten.conv2d.default, (image.bfloat16(), weight.bfloat16(), None, [1, 1], [1, 1])),
+        (aten.group_norm.default, (image.mT.contiguous().mT, 8)),
+        (aten.linear.default, (rows, wide)),
+        (aten.gelu.default, (rows.mT,)),
+    ]
+    direct = [predicted(target, *args) for target, args in calls]
+    monkeypatch.setattr(workspace, "MOST_BYTES", 1 << 19)
+    monkeypatch.setattr(workspace, "_KNOWN", {})
+    monkeypatch.setattr(workspace, "_POINTS", {})
+    grown = [predicted(target, *args) for target, args in calls]
+    assert max(direct) > 1 << 19
+    assert grown == pytest.approx(direct, rel=0.01, abs=8192)
+
+
+def test_nothing_around_a_measurement_changes_it_or_is_changed() -> None:
+    def measured(x: Tensor) -> list[int]:
+        workspace._KNOWN.clear()
+        workspace._POINTS.clear()
+        return [workspace.call_workspace_bytes(op.default, x, (x,), {}) for op in (aten.rand_like, aten.mean)]
+
+    alone, state = measured(randn(64, 64, dtype=BFLOAT)), torch.get_rng_state()
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True), torch.autocast("cpu"), FakeTensorMode():
+        assert measured(torch.empty(64, 64, dtype=BFLOAT)) == alone
+    assert torch.equal(torch.get_rng_state(), state)
+    assert max(alone) > 0
+
+
+def test_a_users_operator_is_not_run() -> None:
+    ran = []
+
+    @torch.library.custom_op("workspaces::noted", mutates_args=())
+    def noted(x: Tensor) -> Tensor:
+        ran.append(x)
+        return x.clone()
+
+    x = randn(4)
+    assert workspace.call_workspace_bytes(torch.ops.workspaces.noted.default, x, (x,), {}) == 0
+    assert not ran

@@ -17,6 +17,7 @@ from fxstream.passes.planning.program import Program
 from fxstream.passes.planning.runs import find_runs
 from fxstream.passes.rewriting.slicing import Slicer
 from fxstream.runtime.loop import Slice, SlicedLoop
+from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
 from tests.passes.programs import BLOCKS, Network, TokenFeedForward, example
 
@@ -62,7 +63,7 @@ class Sliced:
         assert len(measured.result) == len(reference)
         for value, expected in zip(measured.result, reference, strict=True):
             assert value.stride() == expected.stride()
-            torch.testing.assert_close(value, expected)
+            assert relative_l2(value, expected) <= 1e-6
         for tensor, copy in zip((*self.inputs, *self.module.parameters()), before, strict=True):
             assert torch.equal(tensor, copy)
         assert measured.peak_bytes == pytest.approx(profile(self.graph_module).peak_bytes, rel=0.01, abs=2048)
