@@ -25,7 +25,6 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxstream.passes.graph.effects import target_draws
 from fxstream.runtime.loop import Slice
 
 
@@ -169,7 +168,7 @@ def backward(call: Call, out: Slice) -> Cut | None:
     function = _RULES.get(call.target)
     if function is None or out.extent < 1 or out.dim >= len(call.shape) or call.shape[out.dim] != out.size:
         return None
-    return None if target_draws(call.target, call.args, call.kwargs) else function(call, out)
+    return function(call, out)
 
 
 def forward(call: Call, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:

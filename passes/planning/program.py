@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
+from fxstream.passes.graph.effects import draws
 from fxstream.passes.graph.flops import flops
 from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of
 from fxstream.passes.graph.propagate import fake_mode_of, fake_tensor
@@ -213,7 +214,7 @@ class Program:
         value = self.values[index]
         key = (value.key, out)
         if key not in self._memo:
-            self._memo[key] = backward(value.call, out)
+            self._memo[key] = None if draws(value.node) else backward(value.call, out)
         return self._memo[key]
 
     def forward(self, index: int, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
@@ -221,7 +222,7 @@ class Program:
         value = self.values[index]
         key = (value.key, tuple(known.items()))
         if key not in self._memo:
-            self._memo[key] = forward(value.call, known)
+            self._memo[key] = None if draws(value.node) else forward(value.call, known)
         return self._memo[key]
 
 
