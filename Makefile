@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile bench-rehash
+.PHONY: venv browser test fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile bench-check bench-rehash
 .PHONY: table table-compile table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
@@ -73,6 +73,10 @@ bench-exact: venv
 
 bench-compile: venv
 	$(BIN)/python -m fxstream.tools.bench_compile
+
+# What it costs at each call to see that the model is as it was.
+bench-check: venv
+	$(BIN)/python -m fxstream.tools.bench_check
 
 # SEEDS=4 for a quick look.
 bench-rehash: venv

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 
 _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -25,16 +26,18 @@ class Budget:
 
     @staticmethod
     def parse(budget: str | int | float) -> Budget:
-        """``"6GiB"``, ``"800MB"``, an int of bytes, a float in (0, 1), or ``"min"``.
+        """``"6GiB"``, ``"800MB"``, an int of bytes, a float in (0, 1), or ``"min"``; numbers of numpy's, too.
 
         Raises ``ValueError`` for anything else.
         """
-        if isinstance(budget, bool) or not isinstance(budget, (str, int, float)):
+        if isinstance(budget, bool) or not isinstance(budget, (str, Real)):
             raise ValueError(f"memory_budget {budget!r} can't be read: {_FORMS}")
-        if isinstance(budget, float):
+        if isinstance(budget, Integral):
+            budget = int(budget)
+        elif not isinstance(budget, str):
             if not 0 < budget < 1:
                 raise ValueError(f"memory_budget {budget!r} is no share between 0 and 1: {_FORMS}")
-            return Budget(share=budget)
+            return Budget(share=float(budget))
         if isinstance(budget, str) and budget.strip().lower() == "min":
             return Budget()
         size = _bytes(budget) if isinstance(budget, str) else budget

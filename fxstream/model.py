@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from fxstream.budget import Budget, Resident
 from fxstream.compile.regions import Region
 from fxstream.module import StreamedModule
-from fxstream.passes.graph.capture import Inputs
+from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.snapshot import Place
 from fxstream.planned import Compiled, compile_call
 from fxstream.rehash.rehash import rehash_module
 from fxstream.rehash.settings import StepRehash
@@ -30,9 +31,9 @@ def optimize_model(
     module is taken to be alone there with the weights that the call uses.
     """
 
-    def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
+    def compiler(args: Sequence[Any], kwargs: Mapping[str, Any], live: Collection[Place]) -> Compiled:
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
-        return compile_call(model, args, kwargs, budget, allow_recompute, held, backend)
+        return compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live)
 
     def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
         if resident is None or compiled.resident is None or budget.total_bytes is None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,9 +12,12 @@ from torch import nn
 
 from fxstream.compile.regions import Region
 from fxstream.errors import GradientError
-from fxstream.passes.graph.capture import TARGET, Inputs, owner
+from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.capture import owner, roots_of_call
+from fxstream.passes.graph.snapshot import TARGET, Place, Snapshot, environment, value_at
+from fxstream.passes.graph.state import State
 from fxstream.passes.graph.turns import turn
-from fxstream.runtime.autocast import autocast_dtype, without_autocast
+from fxstream.runtime.autocast import without_autocast
 from fxstream.runtime.draws import generators_given
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 MOST_ALIKE = 4
 """Plans for calls that differ in a Python number alone, after which one more draws a warning."""
 
-Compiler = Callable[[Sequence[Any], Mapping[str, Any]], "Compiled"]
+Compiler = Callable[[Sequence[Any], Mapping[str, Any], Collection[Place]], "Compiled"]
+"""Compiles a call; tensors at some places in the model are inputs of its graph."""
+
 Check = Callable[["Compiled", Sequence[torch.Tensor]], bool]
 
 _SHARED = (
@@ -82,8 +85,13 @@ class StreamedModule(nn.Module):
         self._fits = fits
         self._compiled: dict[Any, Compiled] = {}
         self._read: dict[Any, frozenset[int]] = {}
-        self._configuration = Configuration(module)
-        self._configurations: dict[Any, int] = {}
+        self._live: frozenset[Place] = frozenset()
+        self._asked: frozenset[Place] = frozenset()
+        self._outside: dict[Any, frozenset[Place]] = {}
+        self._unread: dict[Any, frozenset[Place]] = {}
+        self._states: dict[Any, int] = {}
+        self._alike: dict[Any, tuple[int, int]] = {}
+        self._see()
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -135,7 +143,8 @@ class StreamedModule(nn.Module):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""
-        return self._compiled_for(Inputs.of(args, kwargs), args, kwargs).plan
+        inputs = Inputs.of(args, kwargs)
+        return self._compiled_for((inputs.key(), environment()), inputs, args, kwargs).plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on these inputs.
@@ -148,43 +157,92 @@ class StreamedModule(nn.Module):
             function = self.__dict__["_function"]
             return region(lambda: function(*args, **kwargs), token=self._region.token)
         inputs = Inputs.of(args, kwargs)
-        compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
-        compiled.captured.refuse_aliases(inputs.tensors)
-        with torch.no_grad(), without_autocast(inputs.tensors), generators_given(inputs.generators):
-            return compiled.captured.result(self._run(compiled, inputs.tensors))
+        call = inputs.key(), environment()
+        compiled = self._compiled_for(call, inputs, args, kwargs, inference=not torch.is_grad_enabled())
+        captured = compiled.captured
+        captured.refuse_aliases(inputs.tensors)
+        roots = roots_of_call(self.__dict__[TARGET], args, kwargs) if captured.state else {}
+        with torch.no_grad(), without_autocast(), generators_given(inputs.generators):
+            found = self._run(compiled, (*inputs.tensors, *captured.state.read(roots)))
+            before = self._state(call) if captured.state.again else (0, 0)
+            captured.changes(roots, found)
+            if captured.state.again:  # what the call leaves needs no plan of its own
+                self._alike.setdefault((call, self._present_state(call)), before)
+            return captured.result(found)
 
     def _run(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The tensor leaves of the result."""
+        """The tensor leaves of the result, and what follows them."""
         return compiled.run(*tensors)
 
     def _compiled_for(
-        self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True
+        self, call: Any, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True
     ) -> Compiled:
-        state = self._state()
+        kind = (*call, self._state(call))
         if not inference:
             self._refuse_gradients(inputs)
-        devices = {tensor.device.type for tensor in inputs.tensors}
-        kind = (inputs.key(), state, *(autocast_dtype(device) for device in sorted(devices)))
         read = self._read.get(kind, frozenset())
         key = (*kind, inputs.values(read))
         compiled = self._compiled.get(key)
         if compiled is None or not self._fits(compiled, inputs.tensors):
             with turn():
-                return self._planned(inputs, args, kwargs, kind)
+                return self._planned(call, inputs, args, kwargs)
         return compiled
 
-    def _planned(self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], kind: Any) -> Compiled:
+    def _planned(self, call: Any, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
         """The plan of a call, by the thread whose turn it is: maybe another has made it meanwhile."""
-        key = (*kind, inputs.values(self._read.get(kind, frozenset())))
+        kind = (*call, self._state(call))
+        read = self._read.get(kind, frozenset())
+        key = (*kind, inputs.values(read))
         compiled = self._compiled.get(key)
         if compiled is None or not self._fits(compiled, inputs.tensors):
-            compiled = self._compiler(args, kwargs)
-            self._read[kind] = self._read.get(kind, frozenset()).union(compiled.captured.read)
+            compiled = self._compiler(args, kwargs, self._live)
+            self._remember(call, compiled.captured.state)
+            kind = (*call, self._state(call))
+            self._read[kind] = read.union(compiled.captured.read)
             key = (*kind, inputs.values(self._read[kind]))
             if key not in self._compiled:
                 self._warn_of_numbers(key)
             self._compiled[key] = compiled
         return compiled
+
+    def _remember(self, call: Any, state: State) -> None:
+        """Tell states of the model apart by what the graphs so far have shown of it."""
+        self._live |= state.live
+        asked = frozenset(state.asked) - self._asked
+        if asked:
+            self._asked |= asked
+            self._see()
+        self._unread[call] = self._unread.get(call, frozenset()) | state.unread
+        places = {place for place in (*state.inputs, *state.changed) if place[0][1] not in ("args", "kwargs")}
+        outside = {place for place in places - state.unread if not self._snapshot.has(place)}
+        self._outside[call] = self._outside.get(call, frozenset()) | outside
+        self._present.clear()
+
+    def _state(self, call: Any) -> tuple[int, int]:
+        """The numbers of a state of the model that is to this kind of call as the present one."""
+        present = self._present_state(call)
+        return self._alike.get((call, present), present)
+
+    def _present_state(self, call: Any) -> tuple[int, int]:
+        """The numbers of the model's present state, as far as this kind of call reads it, and of what is outside."""
+        if not self._snapshot.holds():
+            self._see()
+        hidden, outside = self._unread.get(call, frozenset()), self._outside.get(call, frozenset())
+        if hidden not in self._present:
+            self._present[hidden] = self._number(self._snapshot.key(hidden, self._live))
+        if not outside:
+            return self._present[hidden], 0
+        values = {place: value_at(place, self._snapshot.roots) for place in sorted(outside, key=repr)}
+        live = {(("root", place),) for place in outside & self._live}
+        return self._present[hidden], self._number(Snapshot(values).key(live=live))
+
+    def _see(self) -> None:
+        """Look at the model as it is now."""
+        self._snapshot = Snapshot(roots_of_call(self.__dict__[TARGET], (), {}), asked=self._asked)
+        self._present: dict[frozenset[Place], int] = {}
+
+    def _number(self, state: Any) -> int:
+        return self._states.setdefault(state, len(self._states))
 
     def _warn_of_numbers(self, key: Any) -> None:
         """Where every step of a loop is planned anew for its number, or for what a tensor holds, say so once."""
@@ -206,18 +264,10 @@ class StreamedModule(nn.Module):
             stacklevel=2,
         )
 
-    def _state(self) -> int:
-        """The number of the model's present configuration, among those seen."""
-        if not self._configurations or not self._configuration.holds():
-            self._configuration = Configuration(self.__dict__["_original"])
-            key = self._configuration.key()
-            self._current = self._configurations.setdefault(key, len(self._configurations))
-        return self._current
-
     def _refuse_gradients(self, inputs: Inputs) -> None:
         if any(tensor.requires_grad for tensor in inputs.tensors):
             what = "an input requires a gradient"
-        elif any(map(attrgetter("requires_grad"), self._configuration.weights)):
+        elif any(map(attrgetter("requires_grad"), self._snapshot.weights.values())):
             what = "its parameters require gradients"
         else:
             return
@@ -249,114 +299,3 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 for _name in _FORWARDED:
     setattr(StreamedModule, _name, _forwarded(_name))
-
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-_CONTAINERS = (dict, OrderedDict, list, set)
-_INTERNAL = {*vars(nn.Module())}
-_IGNORED = _INTERNAL - {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
-
-
-class Configuration:
-    """What of a model its captured graph depends on, the values of its weights apart.
-
-    That is: its modules, their attributes and forward hooks, the shape, dtype and device of each weight. An attribute
-    that is no number, string or container of such counts as changed where it is another object.
-
-    ``holds`` is asked at every call of a model that may have thousands of modules, so it compares flat lists, whose
-    elements are nearly always the same objects, and builds no key.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._attributes = [vars(sub) for sub in module.modules()]
-        containers = [
-            value
-            for values in self._attributes
-            for name, value in values.items()
-            if type(value) in _CONTAINERS and name not in _IGNORED
-        ]
-        self._empty = [container for container in containers if not container]
-        self._dicts = [container for container in containers if container and isinstance(container, dict)]
-        self._others = [container for container in containers if container and not isinstance(container, dict)]
-        self.weights = [
-            weight
-            for values in self._attributes
-            for weight in chain(values["_parameters"].values(), values["_buffers"].values())
-            if weight is not None
-        ]
-        self._seen = self._look()
-
-    def _look(self) -> tuple[Any, ...]:
-        return (
-            list(chain.from_iterable(map(dict.values, self._attributes))),
-            list(chain.from_iterable(self._dicts)),
-            list(chain.from_iterable(map(dict.values, self._dicts))),
-            list(chain.from_iterable(self._others)),
-            list(map(_PLACE, self.weights)),
-        )
-
-    def holds(self) -> bool:
-        """Whether the model is as it was when this was made. May say no where it is."""
-        try:
-            return not any(self._empty) and self._look() == self._seen
-        except Exception:  # a tensor that was replaced can't be compared
-            return False
-
-    def key(self) -> Any:
-        """A value that is equal for configurations that one plan serves."""
-        ties: dict[int, int] = {}
-        return tuple(
-            (name, type(sub), sub.training, _attributes_key(sub), _weights_key(sub, ties))
-            for name, sub in self.module.named_modules(remove_duplicate=False)
-        )
-
-
-_PLACE = attrgetter("dtype", "device")
-
-
-def _attributes_key(module: nn.Module) -> Any:
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    attributes = ((name, _frozen(value)) for name, value in vars(module).items() if name not in _INTERNAL)
-    return (*map(_Same, hooks), *attributes)
-
-
-def _weights_key(module: nn.Module, ties: dict[int, int]) -> Any:
-    """Name and layout of each weight, and a number that tells which are one."""
-    return tuple(
-        (
-            name,
-            tuple(weight.shape),
-            weight.stride(),
-            weight.dtype,
-            weight.device,
-            ties.setdefault(id(weight), len(ties)),
-        )
-        for name, weight in chain(module._parameters.items(), module._buffers.items())
-        if weight is not None
-    )
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, dict):
-        return type(value), tuple((_frozen(name), _frozen(item)) for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(map(_frozen, value))
-    if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(map(_frozen, value))
-    return _Same(value)
-
-
-class _Same:
-    """Equal to another of the same object alone, which it keeps alive, so that no later one takes its id."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)

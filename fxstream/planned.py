@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,14 @@ import torch
 from torch import fx
 
 from fxstream.budget import Budget, Resident, format_bytes
+from fxstream.caches import refuse_caches
 from fxstream.errors import MemoryBudgetError
-from fxstream.passes.graph.capture import Captured, capture
+from fxstream.passes.graph.call import Captured
+from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.graph.snapshot import Place
 from fxstream.passes.graph.turns import turn
 from fxstream.passes.stream import stream
 from fxstream.report import Plan, make_plan
@@ -45,10 +48,15 @@ def compile_call(
     allow_recompute: bool = False,
     resident: Resident | None = None,
     backend: str | None = None,
+    live: Collection[Place] = (),
 ) -> Compiled:
-    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one."""
+    """Capture, plan and rewrite one call; compile it by ``backend`` if there is one.
+
+    Tensors at ``live`` places in the model are inputs of the graph.
+    """
+    refuse_caches(model)
     began = time.perf_counter()
-    planned = plan_captured(capture(model, args, kwargs), budget, began, allow_recompute, resident)
+    planned = plan_captured(capture(model, args, kwargs, live), budget, began, allow_recompute, resident)
     return replace(planned, run=compiled_by(backend, planned.graph_module))
 
 
@@ -64,7 +72,7 @@ def plan_captured(
     with internal_errors("normalizing", captured.graph_module):
         graph_module = normalize(captured.graph_module)
     fitted, made = fit_graph(graph_module, budget, time.perf_counter() - began, allow_recompute, resident)
-    return Compiled(captured, fitted, made, fitted, resident)
+    return Compiled(captured, fitted, made, fitted.forward, resident)
 
 
 def fit_graph(
@@ -103,10 +111,10 @@ def fit_graph(
 def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[..., Any]:
     """The graph as it is run: compiled by a backend of torch.compile, if one is named."""
     if backend is None:
-        return graph_module
+        return graph_module.forward
     from fxstream.compiled import compile_by
 
-    return compile_by(backend, graph_module)
+    return compile_by(backend, graph_module).forward
 
 
 def _budget_error(

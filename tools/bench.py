@@ -18,7 +18,8 @@ import torch
 from tabulate import tabulate
 
 import fxstream
-from fxstream.passes.graph.capture import Inputs, capture
+from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.liveness import profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.tools import catalogue

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fxstream
-from fxstream.passes.graph.capture import flatten
+from fxstream.passes.graph.structure import flatten
 from fxstream.tools import catalogue
 from fxstream.tools.bench import MIB, relative_l2
 from fxstream.tools.bench_compile import BUDGET, COMPILED

@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import fx
 
 from fxstream.budget import format_bytes
-from fxstream.passes.graph.capture import Inputs
+from fxstream.passes.graph.call import Inputs
 from fxstream.passes.stream import stream
 from fxstream.tools import picture
 from fxstream.tools.errors import UsageError

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstream import CaptureError, MemoryBudgetError
 from fxstream.budget import Budget, format_bytes
-from fxstream.passes.graph.capture import Inputs
+from fxstream.passes.graph.call import Inputs
 from fxstream.planned import Compiled, compile_call
 from fxstream.tools import document, dot, html, listing, picture, text, trace
 from fxstream.tools.bench import relative_l2

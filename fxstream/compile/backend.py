@@ -42,7 +42,7 @@ def fxstream(
     run = compile_by(inner, planned.graph_module)
 
     def call(*inputs: Any) -> Any:
-        with without_autocast(inputs):
+        with without_autocast():
             return planned.captured.result(run(*planned.pick(inputs)))
 
     return call

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstream.budget import Budget
 from fxstream.errors import GradientError, MemoryBudgetError
-from fxstream.passes.graph.capture import FRAME, Captured, capture
+from fxstream.passes.graph.call import Captured
+from fxstream.passes.graph.capture import FRAME, capture
 from fxstream.passes.graph.turns import turn
 from fxstream.planned import plan_captured
 from fxstream.report import Plan

@@ -53,7 +53,7 @@ _STREAMED: WeakValueDictionary[str, Streamed] = WeakValueDictionary()
 @custom_op("fxstream::streamed", mutates_args=())
 def streamed(tensors: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     """Run the graph that goes by ``key`` on its inputs."""
-    with torch.no_grad(), without_autocast(tensors):
+    with torch.no_grad(), without_autocast():
         return list(_STREAMED[key].run(*tensors))
 
 

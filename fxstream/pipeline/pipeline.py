@@ -16,9 +16,10 @@ from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import CaptureError, MemoryBudgetError
 from fxstream.model import optimize_model
 from fxstream.module import StreamedModule
-from fxstream.passes.graph.capture import flatten, owner
+from fxstream.passes.graph.capture import owner
 from fxstream.passes.graph.effects import draws
 from fxstream.passes.graph.liveness import storages_of
+from fxstream.passes.graph.structure import flatten
 from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes, weights_of
 from fxstream.pipeline.offload import hooks_removed, offloaded
 from fxstream.pipeline.plan import PipelinePlan, StagePlan

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fxstream.budget import Resident
 from fxstream.errors import CaptureError
-from fxstream.passes.graph.capture import Inputs, flatten, unflatten
+from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.liveness import storages_of
+from fxstream.passes.graph.structure import flatten, unflatten
 from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes, weights_of
 from fxstream.pipeline.offload import Device, offloaded
 from fxstream.pipeline.switches import turn_off

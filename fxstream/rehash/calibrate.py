@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxstream.caches import refuse_caches
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.capture import capture, owner
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.graph.snapshot import Place
 from fxstream.passes.rewriting.split import returning
 from fxstream.rehash.calibration import Calibration, fingerprint
 from fxstream.rehash.rehash import Generation
@@ -102,8 +104,10 @@ class Recorder(StreamedModule):
     """Stands where the model stood, computes what it did, and keeps the cuts' values of every step."""
 
     def __init__(self, model: Callable[..., Any], settings: Sequence[StepRehash]) -> None:
-        def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-            captured = capture(model, args, kwargs)
+        def compiler(args: Sequence[Any], kwargs: Mapping[str, Any], live: Collection[Place]) -> Any:
+            refuse_caches(model)
+            captured = capture(model, args, kwargs, live)
+            captured.state.refuse_tensors("a calibration")
             with internal_errors("normalizing", captured.graph_module):
                 normalize(captured.graph_module)
             return _Recorded(model, captured, args, kwargs, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, fx
 
 from fxstream.budget import Budget, Resident
+from fxstream.caches import refuse_caches
 from fxstream.module import Check, StreamedModule, always
-from fxstream.passes.graph.capture import Inputs, capture
+from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import profile
 from fxstream.passes.graph.normalize import normalize
+from fxstream.passes.graph.snapshot import Place
 from fxstream.planned import compiled_by, fit_graph
 from fxstream.rehash.settings import StepRehash
 from fxstream.rehash.steps import Planned, RehashPlan, StepGraphs, places
@@ -342,13 +345,15 @@ def rehash_module(
 ) -> RehashedModule:
     """A module that skips steps; without a budget its graphs run as they were captured."""
 
-    def compiler(args: Sequence[Any], kwargs: Mapping[str, Any]) -> StepGraphs:
+    def compiler(args: Sequence[Any], kwargs: Mapping[str, Any], live: Collection[Place]) -> StepGraphs:
+        refuse_caches(model)
         if rehash.calibration is not None:
             rehash.calibration.check_model(model)
         latent, timestep = places(model, args, kwargs, rehash.timestep)
         began = time.perf_counter()
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
-        captured = capture(model, args, kwargs)
+        captured = capture(model, args, kwargs, live)
+        captured.state.refuse_tensors("Step Rehash")
         with internal_errors("normalizing", captured.graph_module):
             normalize(captured.graph_module)
         before, seconds = profile(captured.graph_module), time.perf_counter() - began

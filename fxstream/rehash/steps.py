@@ -11,8 +11,10 @@ from tabulate import tabulate
 from torch import fx
 
 from fxstream.budget import Resident, format_bytes
-from fxstream.passes.graph.capture import Captured, Inputs, bind, flatten, owner
+from fxstream.passes.graph.call import Captured, Inputs
+from fxstream.passes.graph.capture import bind, owner
 from fxstream.passes.graph.flops import flops
+from fxstream.passes.graph.structure import flatten
 from fxstream.passes.graph.turns import turn
 from fxstream.passes.rewriting.cut import find_cut, first_joint
 from fxstream.passes.rewriting.split import split, subgraph

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
+_KNOWN = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu", torch._C._get_privateuse1_backend_name())
+_CASTING = [device for device in _KNOWN if torch.amp.is_autocast_available(device)]
+
 
 @contextmanager
-def without_autocast(inputs: Sequence[Any]) -> Iterator[None]:
-    """Without autocast on the devices of these inputs: what it does is in a captured graph already."""
+def without_autocast() -> Iterator[None]:
+    """Without autocast on any type of device: what it does is in a captured graph already."""
     with ExitStack() as stack:
-        for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)} or {"cpu"}:
-            if autocast_dtype(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The type that autocast casts to on a kind of device; None where it is off."""
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else None
+def autocast_devices() -> list[str]:
+    """The types of device for which autocast is on."""
+    return [device for device in _CASTING if torch.is_autocast_enabled(device)]

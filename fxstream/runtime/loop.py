@@ -124,6 +124,10 @@ class SlicedLoop(nn.Module):
         self.outputs = tuple(outputs)
         self.bodies = nn.ModuleDict(bodies)
 
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As ``forward``: hooks of all modules are for the user's."""
+        return self.forward(*tensors)
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Steps of the axis in each slice."""
@@ -136,7 +140,7 @@ class SlicedLoop(nn.Module):
                 x if s is None or read is None else s.window(x, *read)
                 for x, s, read in zip(tensors, self.inputs, step.reads, strict=True)
             ]
-            parts = self.bodies[step.body](*windows)
+            parts = self.bodies[step.body].forward(*windows)
             for output, out, start, part in zip(self.outputs, outs, step.writes, parts, strict=True):
                 output.slice.store(out, start, part)
             del parts, part

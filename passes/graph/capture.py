@@ -14,10 +14,9 @@ import operator
 import os
 import re
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -32,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
-from fxstream.passes.graph.aliases import overlaps, refuse_written
+from fxstream.passes.graph.call import ROOT, Captured, Inputs, input_name
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.composites import open_composites, write_in_place
 from fxstream.passes.graph.effects import memories, written
@@ -40,222 +39,76 @@ from fxstream.passes.graph.generators import DrawError, Generators, States, kept
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
 from fxstream.passes.graph.propagate import propagate_layouts
+from fxstream.passes.graph.settle import settled
+from fxstream.passes.graph.snapshot import TARGET, Place, Snapshot, global_hooks, roots_of, value_at
+from fxstream.passes.graph.state import Assumed, Effect, State, assume, taken_apart
+from fxstream.passes.graph.structure import TENSOR
 from fxstream.passes.graph.turns import tracing_apart, turn
 from fxstream.passes.graph.twin import Twin
+from fxstream.passes.graph.watching import forward_runs
 from fxstream.runtime.draws import given_generator
 
 _TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 _PYTHON, _PACKAGES = str(Path(linecache.__file__).parent), f"{os.sep}site-packages{os.sep}"
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
-ROOT = "model"
-"""Name under which a captured graph holds the user's module."""
-
-TARGET = "_streamed_target"
-"""Name under which a streamed module holds what it was made of."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """One call's inputs: tensor leaves apart from the rest.
-
-    ``spec`` and ``rest`` say how the call is put together again; together with the tensors' shapes, dtypes and
-    devices they tell one plan from another.
-    """
-
-    tensors: tuple[torch.Tensor, ...]
-    rest: tuple[Any, ...]
-    spec: pytree.TreeSpec
-
-    @staticmethod
-    def of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        inputs = Inputs(*flatten((tuple(args), {name: kwargs[name] for name in sorted(kwargs)})))
-        for index, x in enumerate(inputs.tensors):
-            if x.is_nested or x.layout is not torch.strided:
-                kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-                raise CaptureError(f"input tensor {index} is {kind}, which fxstream can't plan for: pass a dense one")
-            if x.is_conj() or x.is_neg():
-                raise CaptureError(
-                    f"input tensor {index} is a view of conjugates or negatives, which fxstream can't plan for: "
-                    "pass x.resolve_conj().resolve_neg()"
-                )
-        return inputs
-
-    def without_tensors(self) -> Inputs:
-        """How the call is put together, alone: nothing here keeps an example's tensors alive."""
-        return Inputs((), tuple(_GENERATOR if isinstance(leaf, Generator) else leaf for leaf in self.rest), self.spec)
-
-    @property
-    def generators(self) -> tuple[Generator, ...]:
-        """The leaves that are generators of random numbers: a plan serves all of a device."""
-        return tuple(leaf for leaf in self.rest if isinstance(leaf, Generator))
-
-    def key(self) -> Any:
-        """A value that is equal for calls that one plan serves.
-
-        Raises ``ValueError`` for an argument that can't be compared.
-        """
-        tensors = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.tensors)
-        rest = tuple((type(leaf), self._told(leaf)) for leaf in self.rest)
-        try:
-            hash((self.spec, rest))
-        except TypeError:
-            kinds = sorted({type(leaf).__name__ for leaf in self.rest if type(leaf).__hash__ is None})
-            raise ValueError(
-                f"arguments of type {', '.join(kinds)} can't be told apart between calls: pass tensors, numbers, "
-                "strings, or containers that torch.utils._pytree knows"
-            ) from None
-        return self.spec, rest, (tensors, overlaps(self.tensors))
-
-    def _told(self, leaf: Any) -> Any:
-        """What tells a leaf apart: of a generator its device, and the first leaf that is the same one."""
-        if isinstance(leaf, Generator):
-            return leaf.device, next(at for at, other in enumerate(self.generators) if other is leaf)
-        return leaf.hex() if isinstance(leaf, float) else leaf
-
-    def drawing_from(self, generators: Sequence[Generator]) -> Inputs:
-        """The same call with other generators."""
-        others = iter(generators)
-        return replace(self, rest=tuple(next(others) if isinstance(x, Generator) else x for x in self.rest))
-
-    def values(self, positions: Iterable[int]) -> tuple[bytes, ...]:
-        """What the tensors at these positions hold."""
-        tensors = (self.tensors[index].detach().cpu().contiguous() for index in sorted(positions))
-        return tuple(tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
-
-    def call(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with ``tensors`` in place of this call's own."""
-        args, kwargs = unflatten(tensors, self.rest, self.spec)
-        return args, kwargs
-
-
-class _TensorLeaf:
-    def __repr__(self) -> str:
-        return "<tensor>"
-
-
-_TENSOR = _TensorLeaf()
-"""Stands for a tensor among the other leaves."""
-
-_GENERATOR = object()
-"""Stands for a generator, which no plan keeps."""
-
-
-def flatten(value: Any) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...], pytree.TreeSpec]:
-    """Any nest of containers and objects -> its tensors, its other leaves (``_TENSOR`` for a tensor), its structure."""
-    leaves, spec = pytree.tree_flatten(value)
-    if any(_holds_tensors(leaf) for leaf in leaves):
-        leaves, spec = pytree.tree_flatten(pytree.tree_unflatten([_opened(leaf) for leaf in leaves], spec))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return tensors, tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), spec
-
-
-def unflatten(tensors: Sequence[torch.Tensor], rest: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """The inverse of ``flatten``."""
-    given = iter(tensors)
-    return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in rest], spec)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """The attributes of an object of ``kind``: a dataclass, or another class that pytree doesn't know, with tensors."""
-
-    kind: type
-    attributes: dict[str, Any]
-
-
-def _holds_tensors(leaf: Any) -> bool:
-    """Whether a leaf of pytree's is an object with tensors in its attributes."""
-    if isinstance(leaf, (torch.Tensor, nn.Module, type, str, int, float, _TensorLeaf)) or leaf is None:
-        return False
-    found = pytree.tree_leaves(list(_attributes(leaf).values()))
-    return any(isinstance(x, torch.Tensor) or (is_dataclass(leaf) and _holds_tensors(x)) for x in found)
-
-
-def _attributes(leaf: Any) -> dict[str, Any]:
-    if is_dataclass(leaf):
-        return {field.name: getattr(leaf, field.name) for field in fields(leaf)} | getattr(leaf, "__dict__", {})
-    return getattr(leaf, "__dict__", {})
-
-
-def _opened(leaf: Any) -> Any:
-    if not _holds_tensors(leaf):
-        return leaf
-    return _Opened(type(leaf), pytree.tree_map(_opened, _attributes(leaf)))
-
-
-def _closed(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> Any:
-    kind, names = context
-    made: Any = object.__new__(kind)
-    for name, value in zip(names, values, strict=True):
-        object.__setattr__(made, name, value)
-    return made
-
-
-pytree.register_pytree_node(
-    _Opened, lambda opened: (list(opened.attributes.values()), (opened.kind, tuple(opened.attributes))), _closed
-)
-
-
-@dataclass
-class Captured:
-    """A captured call: ``graph_module(*tensors)`` gives the tensor leaves of the result.
-
-    ``result`` puts the user's result together from them. It is right for inputs alone whose tensors at the positions
-    ``read`` have the values that they had, and where what is ``written`` to shares no memory with another.
-    """
-
-    graph_module: fx.GraphModule
-    inputs: Inputs
-    rest: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    read: tuple[int, ...] = ()
-    written: tuple[str, ...] = ()
-
-    def refuse_aliases(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise ``CaptureError`` where an input or a weight that the call writes to lies over another of these."""
-        if self.written:
-            weights = [str(node.target) for node in self.graph_module.graph.find_nodes(op="get_attr")]
-            values = {name: operator.attrgetter(name)(self.graph_module) for name in weights}
-            named = {name.removeprefix(f"{ROOT}."): x for name, x in values.items() if isinstance(x, torch.Tensor)}
-            named |= {_input_name(index): tensor for index, tensor in enumerate(tensors)}
-            refuse_written(named, self.written, type(getattr(self.graph_module, ROOT)).__name__)
-
-    def result(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return unflatten(tensors, self.rest, self.spec)
+def roots_of_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call can reach, by the names that places begin with."""
+    module, function = owner(target)
+    return {**roots_of(module), "call": function, "args": tuple(args), "kwargs": dict(kwargs)}
 
 
 class _Flat(nn.Module):
-    """The user's callable over flat tensors, as ``torch.export`` wants it."""
+    """The user's callable over flat tensors, as ``torch.export`` wants it.
+
+    The last of the tensors are put where they were ``assumed`` to be, before the call.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        function: Callable[..., Any],
+        target: Callable[..., Any],
         inputs: Inputs,
         known: KnownValues,
         generators: Generators,
+        assumed: Sequence[Assumed],
+        constants: Sequence[Place],
         record: Callable[[Any], None],
     ) -> None:
         super().__init__()
-        self.add_module(ROOT, model)
-        self.function = (function,)  # in a tuple, lest a module be registered twice
+        module, function = owner(target)
+        self.add_module(ROOT, module)
+        self.target = (function,)  # in a tuple, lest a module be registered twice
         self.inputs = inputs
         self.known = known
         self.generators = generators
+        self.assumed = assumed
+        self.constants = constants
         self.record = record
-        self.training = model.training
+        self.training = module.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.inputs.call(tensors)
-        self.known.follow(tensors)
+        function = self.target[0]
+        roots = roots_of_call(function, args, kwargs)
+        before = Snapshot(roots, code=True)
         try:
-            with self.generators, self.known, _assigned_buffers_written(self.function[0]):
-                found, rest, spec = flatten(self.function[0](*args, **kwargs))
+            if self.assumed:
+                assume(self.assumed, roots, tensors[self.inputs.count :])
+                assumed = Snapshot(roots, code=True)
+            self.known.follow([*tensors[: self.inputs.count], *(value_at(place, roots) for place in self.constants)])
+            with self.generators, self.known, _assigned_buffers_written(function, before.weights), forward_runs():
+                result = function(*args, **kwargs)
+            changes = (assumed if self.assumed else before).changes(Snapshot(roots, code=True))
+            found, rest, spec = taken_apart(result, "what forward returns", before)
+            effects = [Effect.of(change, before) for change in changes]
         except Exception as error:
             raise _ForwardError from error
-        self.record((rest, spec))
-        return found
+        finally:
+            before.rewind()
+        self.record((rest, spec, effects))
+        return found + tuple(tensor for effect in effects for tensor in effect.value.tensors)
 
 
 class _ForwardError(Exception):
@@ -263,17 +116,21 @@ class _ForwardError(Exception):
 
 
 @contextmanager
-def _assigned_buffers_written(function: Callable[..., Any]) -> Iterator[None]:
-    """Let ``self.buffer = value`` in a forward write into the buffer, which ``torch.export`` would forget."""
+def _assigned_buffers_written(function: Callable[..., Any], weights: Collection[int]) -> Iterator[None]:
+    """Let ``self.buffer = value`` in a forward write into the buffer, which ``torch.export`` would forget.
+
+    Of the model's own buffers, that is, by the ids of its ``weights``.
+    """
     module, _ = owner(function)
-    before = [(sub, name, buffer) for sub in module.modules() for name, buffer in sub._buffers.items()]
+    buffers = ((sub, name, buffer) for sub in module.modules() for name, buffer in sub._buffers.items())
+    before = [(sub, name, buffer) for sub, name, buffer in buffers if id(buffer) in weights]
     yield
     for sub, name, buffer in before:
         assigned = sub._buffers.get(name)
         if assigned is buffer:
             continue
-        if buffer is None or assigned is None or assigned.shape != buffer.shape or assigned.dtype != buffer.dtype:
-            raise RuntimeError(f"forward replaces the buffer {name!r} of {type(sub).__name__} by one of another kind")
+        if assigned is None or assigned.shape != buffer.shape or assigned.dtype != buffer.dtype:
+            continue  # a change of state
         buffer.copy_(assigned)
         sub._buffers[name] = buffer
 
@@ -299,30 +156,37 @@ def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
 
 @turn()
 @collector_paused()
-def capture(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Captured:
+def capture(
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    live: Collection[Place] = (),
+) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
 
     Raises ``CaptureError`` with the user's module path and source line where the model can't be captured, and
     ``ValueError`` where the model refuses the inputs' number or names.
     """
-    module, function = owner(target)
     keywords = dict(kwargs or {})
     bind(target, args, keywords)
-    inputs = Inputs.of(args, keywords)
-    return _undisturbed(module, function, inputs)
+    roots = roots_of_call(target, args, keywords)
+    return settled(lambda assumed: _undisturbed(target, args, keywords, assumed), roots, live)
 
 
-def _undisturbed(module: nn.Module, function: Callable[..., Any], inputs: Inputs) -> Captured:
-    """A capture in which no generator moves that is not torch's."""
+def _undisturbed(
+    target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], assumed: Sequence[Assumed]
+) -> Captured:
+    """One capture of a call, in which no generator moves that is not torch's."""
+    module, _ = owner(target)
     kept = kept_generators(module)
     states = States(kept)
     try:
-        captured = _capture(module, function, inputs, kept)
+        captured = _trace(target, args, kwargs, assumed, kept)
         if not states.moved():  # by the forward, or by another thread meanwhile
             return captured
         states.rewind()
         with moves_watched(states, _is_users) as found:
-            captured = _capture(module, function, inputs, kept)
+            captured = _trace(target, args, kwargs, assumed, kept)
         if not states.moved():
             return captured
         raise _draw_error(module, states.moved()[0], found)
@@ -331,17 +195,29 @@ def _undisturbed(module: nn.Module, function: Callable[..., Any], inputs: Inputs
         raise
 
 
-def _capture(module: nn.Module, function: Callable[..., Any], inputs: Inputs, kept: Sequence[Any]) -> Captured:
-    """``capture``, with the generators that may be drawn from beside those of the call."""
-    results: list[tuple[tuple[Any, ...], pytree.TreeSpec]] = []
-    known = KnownValues(inputs.tensors)
-    generators = Generators(inputs.generators, kept)
+def _trace(
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    assumed: Sequence[Assumed],
+    kept: Sequence[Any],
+) -> Captured:
+    """One capture of a call, from a state in which what is assumed holds; ``kept`` may be drawn from."""
+    module, function = owner(target)
     twin = Twin(module)
-    traced = inputs.drawing_from(generators.traced)
-    flat = _Flat(twin.module, twin.of(function), traced, known, generators, results.append)
+    traced = twin.of(function)
+    inputs = Inputs.of(args, kwargs)
+    results: list[tuple[tuple[Any, ...], pytree.TreeSpec, list[Effect]]] = []
+    before = Snapshot(roots_of_call(target, args, kwargs), code=True)
+    constants = {places[0]: tensor for tensor, places in before.constants().items() if not _is_assumed(places, assumed)}
+    known = KnownValues(inputs.tensors, list(constants.values()))
+    generators = Generators(inputs.generators, kept)
+    drawing = inputs.drawing_from(generators.traced)
+    flat = _Flat(traced, drawing, known, generators, assumed, [*constants], results.append)
+    given = (*inputs.tensors, *_apart(inputs.tensors, [tensor for each in assumed for tensor in each.inputs]))
     try:
-        with torch.no_grad(), _quiet(), _attributes_kept(module), _DataSeen(), tracing_apart():
-            exported = torch.export.export(flat, _as_fake(inputs.tensors, module), strict=False)
+        with torch.no_grad(), _quiet(), _global_hooks_apart(traced), _DataSeen(), tracing_apart():
+            exported = torch.export.export(flat, _as_fake(given, module), strict=False)
             open_composites(exported.graph_module)
             with inductor.patch(fallback_random=True):  # draws that nothing reads are kept
                 exported = exported.run_decompositions({})
@@ -350,25 +226,77 @@ def _capture(module: nn.Module, function: Callable[..., Any], inputs: Inputs, ke
         raise _capture_error(twin.module, error.__cause__ or error) from error.__cause__
     except Exception as error:
         raise _capture_error(twin.module, error) from error
+    finally:
+        before.rewind()
     _check_static(exported, module)
     with internal_errors("capture", exported.graph_module):
         graph_module = _graph_module(exported, module, generators)
         propagate_layouts(graph_module)
-    read, changed = tuple(sorted(known.read)), _written(graph_module.graph)
-    captured = Captured(graph_module, inputs.without_tensors(), *results[-1], read=read, written=changed)
+    rest, spec, effects = results[-1]
+    values = [node.meta["val"] for node in graph_module.graph.output_node().args[0]]
+    numbered = enumerate(constants.items(), start=inputs.count)
+    asked = tuple(place for index, (place, tensor) in numbered if index in known.read or _is_number(tensor))
+    state = State.of(assumed, effects, values[sum(leaf is TENSOR for leaf in rest) :], asked)
+    read = tuple(sorted(index for index in known.read if index < inputs.count))
+    captured = Captured(graph_module, inputs.without_tensors(), rest, spec, read, state, _written(graph_module.graph))
     captured.refuse_aliases(inputs.tensors)
     return captured
 
 
 def _written(graph: fx.Graph) -> tuple[str, ...]:
     """Names of the inputs and weights that a captured graph writes to."""
-    names = {node: _input_name(index) for index, node in enumerate(graph.find_nodes(op="placeholder"))}
+    names = {node: input_name(index) for index, node in enumerate(graph.find_nodes(op="placeholder"))}
     names |= {node: str(node.target).removeprefix(f"{ROOT}.") for node in graph.find_nodes(op="get_attr")}
     return tuple(names[node] for write in graph.nodes for node in written(write) if node in names)
 
 
-def _input_name(index: int) -> str:
-    return f"input tensor {index}"
+def _is_number(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be taken for a size unseen: Python asks those of one whole number for it in C."""
+    return tensor.numel() == 1 and not tensor.is_floating_point() and not tensor.is_complex() and not tensor.is_meta
+
+
+def _apart(inputs: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors like others, none of which shares its memory with an input or with one before it."""
+    taken = {_memory(tensor) for tensor in inputs}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for tensor in others:
+        memory = _memory(tensor)
+        yield _in_mode(tensor, mode, anew=True) if memory in taken else tensor
+        taken.add(memory)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_assumed(places: Sequence[Place], assumed: Sequence[Assumed]) -> bool:
+    return any(place[: len(put)] == put for place in places for each in assumed for put in each.places)
+
+
+@contextmanager
+def _global_hooks_apart(target: Callable[..., Any]) -> Iterator[None]:
+    """Let the hooks of all modules see the model's modules, and not itself: a streamed module's call has those."""
+    hidden = owner(target)[1]
+
+    def apart(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is hidden or isinstance(module, _Flat) or type(module).__module__.startswith(_EXPORT):
+                return None
+            return hook(module, *args, **kwargs)
+
+        return call
+
+    before = {name: dict(hooks) for name, hooks in global_hooks().items()}
+    try:
+        for hooks in global_hooks().values():
+            hooks.update({handle: apart(hook) if callable(hook) else hook for handle, hook in hooks.items()})
+        yield
+    finally:
+        for name, hooks in global_hooks().items():
+            hooks.update(before[name])
+
+
+_EXPORT = ("torch.export", "torch._export", "torch._functorch", "torch.fx")
 
 
 class _DataSeen(TorchFunctionMode):
@@ -396,48 +324,33 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward does to the attributes of modules, containers among them all the way down."""
-    rewinds = [_rewind(vars(sub)) for sub in module.modules()]
-    try:
-        yield
-    finally:
-        for rewind in rewinds:
-            rewind()
-
-
-def _rewind(container: Any) -> Callable[[], None]:
-    """A function that gives a dict or list, and those within it, their present content back."""
-    content = container.copy()
-    values = content.values() if isinstance(content, dict) else content
-    inner = [_rewind(value) for value in values if type(value) in (dict, OrderedDict, list)]
-
-    def rewind() -> None:
-        container.clear()
-        container.update(content) if isinstance(content, dict) else container.extend(content)
-        for within in inner:
-            within()
-
-    return rewind
-
-
 def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Inputs in the fake mode of the module's weights, where it has one, and apart from each other and the weights."""
-    weights = [*module.parameters(), *module.buffers()]
+    """Inputs in the fake mode of the module's weights, where it has one."""
+    weights = [*module.parameters(), *module.buffers(), *tensors]
     mode = next((weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)), None)
+    if mode is not None and mode.shape_env is not None:  # that of a capture before this one
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
     if mode is None:
-        return _apart(tensors, weights)
-    return tuple(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in tensors)
+        return _one_by_one(tensors, weights[: len(weights) - len(tensors)])
+    return tuple(_in_mode(x, mode) for x in tensors)
 
 
-def _apart(tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _one_by_one(tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The tensors, fake ones of their layouts where some share memory: traced together they would be one."""
     memories = Counter(x.untyped_storage()._cdata for x in (*tensors, *weights))
     if all(memories[x.untyped_storage()._cdata] == 1 for x in tensors):
         return tuple(tensors)
     with FakeTensorMode(allow_non_fake_inputs=True):
         return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors)
+
+
+def _in_mode(tensor: torch.Tensor, mode: FakeTensorMode, anew: bool = False) -> torch.Tensor:
+    if not isinstance(tensor, FakeTensor) and not anew:
+        return mode.from_tensor(tensor)
+    if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
+        return tensor
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, generators: Generators) -> fx.GraphModule:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -24,6 +25,9 @@ from fxstream.passes.graph.effects import target_draws
 
 MOST = 2 << 20
 """Bytes of the largest tensor that is followed."""
+
+WRITTEN = "is mutated in the forward method"
+"""In torch.export's error for a write to a tensor that is no input, weight or buffer, and in ours."""
 
 ASKING: set[Callable[..., Any]] = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, Tensor.equal),
@@ -45,20 +49,25 @@ MAKING: set[Callable[..., Any]] = {torch.arange, torch.full, torch.ones, torch.t
 
 
 class KnownValues(TorchFunctionMode):
-    """Follows the values of a call's inputs, given by their positions, while it is traced.
+    """Follows the values of a call's inputs, and of constants that a model keeps, while it is traced.
 
-    ``follow`` tells which traced tensors stand for the inputs; ``read`` are the positions of those that were asked.
+    ``follow`` tells which traced tensors stand for the inputs, and then for the constants; ``read`` are the positions
+    among all these of those that were asked.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], constants: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.read: set[int] = set()
+        self._count = len(inputs)
         self._inputs = {index: x.detach().cpu() for index, x in enumerate(inputs) if _is_followed(x)}
+        kept = ((index, x) for index, x in enumerate(constants, start=len(inputs)) if _is_small(x))
+        self._inputs.update((index, x.detach().cpu()) for index, x in kept)
         self._known: dict[int, tuple[Tensor, Tensor, frozenset[int]]] = {}
 
     def follow(self, traced: Sequence[Tensor]) -> None:
         """Tie the inputs as they are traced, all of them in order, to their values."""
         self._known.clear()
+        self._kept = {id(tensor) for tensor in traced[self._count :]}
         for index, value in self._inputs.items():
             with out_of_sight():  # a copy, which the model may write to, of the same layout
                 layout = value.storage_offset(), value.shape, value.stride()
@@ -69,6 +78,9 @@ class KnownValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap a tensor stands for many
             return function(*args, **kwargs)
+        written = [*args[:1], kwargs.get("out")] if _writes(function, kwargs) else []
+        if any(id(tensor) in self._kept for tensor in pytree.tree_leaves(written)):
+            raise RuntimeError(f"a constant {WRITTEN}")  # torch.export may write to it for real before it says so
         if function is Tensor.__iter__ and id(args[0]) in self._known:
             return iter(self.__torch_function__(torch.unbind, types, args))
         if function is Tensor.__getitem__ or (function is Tensor.__setitem__ and _is_picked(*args)):
@@ -86,7 +98,6 @@ class KnownValues(TorchFunctionMode):
             return value
         result = function(*args, **kwargs)
         followed = known and self._followed(function, args, kwargs, self._sources(tensors), result)
-        written = [*args[:1], kwargs.get("out")] if _writes(function, kwargs) else []
         for traced, value, sources in self._in_storages_of(written):
             if followed:
                 self._tie(traced, value, sources | self._sources(tensors))
@@ -184,9 +195,13 @@ class _NoDraws(TorchDispatchMode):
 
 
 def _is_followed(tensor: Tensor) -> bool:
+    return _is_small(tensor) and (not tensor.is_floating_point() or _is_mask(tensor))
+
+
+def _is_small(tensor: Tensor) -> bool:
     if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_complex():
         return False
-    return tensor.untyped_storage().nbytes() <= MOST and (not tensor.is_floating_point() or _is_mask(tensor))
+    return type(tensor) in (Tensor, Parameter) and tensor.untyped_storage().nbytes() <= MOST
 
 
 def _is_mask(tensor: Tensor) -> bool:

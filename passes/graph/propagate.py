@@ -55,8 +55,8 @@ def evaluate(node: fx.Node) -> Any:
     value = target(*args, **kwargs)
     if target in VIEWS and 1 in value.shape:
         return _restrided(value, args[0], lambda meta: target(meta, *args[1:], **kwargs))
-    if target is aten.group_norm.default and 1 in value.shape and value.device.type == "cpu":
-        value = _restrided(value, args[0], _normed)
+    if target in LAYOUTS and args[0].device.type == "cpu":
+        value = _laid_out(value, args[0], lambda meta: LAYOUTS[target](meta, *args[1:]))
     if key is not None and type(value) is FakeTensor and _is_new(value, args, kwargs):
         known[key] = tuple(value.shape), value.stride(), value.dtype, value.device
     return value
@@ -119,9 +119,42 @@ def _on_meta(source: torch.Tensor, function: Callable[[torch.Tensor], torch.Tens
         return function(torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta"))
 
 
-def _normed(input: torch.Tensor) -> torch.Tensor:
-    """Of the layout that a group norm's kernel gives its result."""
+def _suggested(input: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Channels last where the input is, else contiguous."""
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
+
+
+def _contiguous(input: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _rolled(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
+    """One dimension after the other, a concatenation of the two parts."""
+    if not dims:
+        return _contiguous(input)
+    for shift, dim in zip(shifts, dims, strict=True):
+        rest = shift % max(input.shape[dim], 1)
+        parts = input.split([input.shape[dim] - rest, rest], dim)
+        input = torch.cat(parts[::-1], dim) if rest else _contiguous(input)
+    return input
+
+
+LAYOUTS = {
+    aten.group_norm.default: _suggested,
+    aten.batch_norm.default: _suggested,
+    aten._native_batch_norm_legit_no_training.default: _suggested,
+    aten.channel_shuffle.default: _suggested,
+    aten.log_sigmoid.default: _contiguous,
+    aten.roll.default: _rolled,
+}
+"""How a CPU's kernels lay out what they make of an input, where fake values are laid out in another way."""
+
+
+def _laid_out(value: Any, source: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A fake result, or the first of several, as the kernel lays it out."""
+    if isinstance(value, tuple):
+        return (_laid_out(value[0], source, layout), *value[1:])
+    return _restrided(value, source, layout)
 
 
 def propagate(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None) -> None:

@@ -33,6 +33,10 @@ class CompiledPart(nn.Module):
         self.run = run
         self.layouts = [(value.shape, value.stride()) for value in values]
 
+    def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """As ``forward``: hooks of all modules are for the user's."""
+        return self.forward(*tensors)
+
     def forward(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         results = self.run(*tensors)
         return [_laid_out(result, *layout) for result, layout in zip(results, self.layouts, strict=True)]

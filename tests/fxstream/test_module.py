@@ -5,6 +5,7 @@ import warnings
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
@@ -13,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 import fxstream
-from fxstream.module import Configuration, StreamedModule
+from fxstream.module import StreamedModule
 from fxstream.tools.measure import measure_peak
 
 BATCH, WIDTH = 12, 16
@@ -511,9 +512,10 @@ class TestGradients:
             assert not streamed(x).sample.requires_grad
         with torch.inference_mode():
             streamed(x)
-        assert len(streamed.plans) == 1
+        assert len(streamed.plans) == 2  # a forward may ask a weight whether it requires one
         streamed.requires_grad_(False)
         streamed(x)
+        assert len(streamed.plans) == 2
 
     def test_inputs_that_require_gradients(self, x, streamed):
         x.requires_grad_()
@@ -558,8 +560,8 @@ class TestErrorsLeaveNothingChanged:
             streamed(x, colour="red")
 
     def test_inputs_that_can_not_be_compared(self, x, streamed):
-        with pytest.raises(ValueError, match="bytearray"):
-            streamed(x, bytearray(b"2"))
+        with pytest.raises(ValueError, match="ndarray"):
+            streamed(x, np.array([None]))
 
     def test_budgets_out_of_reach(self, model, x):
         with pytest.raises(fxstream.MemoryBudgetError) as raised:
@@ -636,34 +638,3 @@ def test_its_class():
     assert not isinstance(streamed, Block)
     assert streamed.__class__ is Configured
     assert streamed.__module__ == Configured.__module__
-
-
-class TestConfiguration:
-    """What a plan depends on of the model itself."""
-
-    def test_unchanged(self, model, x):
-        configuration = Configuration(model)
-        model(x)
-        assert configuration.holds()
-        assert Configuration(model).key() == configuration.key()
-        assert hash(Configuration(model).key()) == hash(configuration.key())
-
-    def test_equal_models_have_equal_keys(self):
-        assert Configuration(Model()).key() == Configuration(Model()).key()
-        assert Configuration(Model()).key() != Configuration(Model().eval()).key()
-
-    def test_where_a_tensor_was_replaced(self, model):
-        model.plain = torch.randn(4)
-        configuration = Configuration(model)
-        key = configuration.key()
-        model.plain = torch.randn(4)
-        assert not configuration.holds()
-        assert Configuration(model).key() != key
-
-    def test_what_was_replaced_is_not_mistaken_for_what_replaces_it(self, model):
-        """Though it is gone, and its id given to the other."""
-        keys = set()
-        for _ in range(20):
-            model.function = object()
-            keys.add(Configuration(model).key())
-        assert len(keys) == 20

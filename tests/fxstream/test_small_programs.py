@@ -71,6 +71,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], list[tuple[int,
         {"conv": nn.Conv2d(4, 8, 5, padding=(2, 0), groups=4)},
         [(10, 4, 14, 8)],
     ),
+    "a view after a norm that makes its input contiguous": (
+        lambda m, x: m.norm(x.permute(0, 1, 3, 2) * 2).reshape(2, 8, -1).exp().mean(1),
+        {"norm": nn.BatchNorm2d(8)},
+        [(2, 8, 12, 10)],
+    ),
     "scores in memory that is only made": (
         lambda m, x: torch.baddbmm(torch.empty(4, 64, 64), x, x.transpose(1, 2), beta=0, alpha=0.5).softmax(-1) @ x,
         {},

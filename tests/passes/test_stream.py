@@ -11,7 +11,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxstream.passes.graph.capture import Inputs, capture
+from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.liveness import bytes_of, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.planning.barriers import barriers

@@ -6,7 +6,9 @@ import warnings
 import weakref
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNetSpatioTemporalConditionModel
@@ -17,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
-from fxstream.passes.graph.capture import Inputs, capture, module_path
+from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.capture import capture, module_path
 
 Pair = namedtuple("Pair", "left right")
 
@@ -716,8 +719,23 @@ def test_zeros_of_either_sign_are_not_one_argument():
 
 
 def test_arguments_that_can_not_be_told_apart():
-    with pytest.raises(ValueError, match="bytearray"):
-        key(X, bytearray(b"12"))
+    with pytest.raises(ValueError, match="ndarray"):
+        key(X, np.array([None]))
+
+
+def test_arguments_are_told_apart_by_what_is_in_them():
+    given = SimpleNamespace(scale=1.0, inner=[{"a": 1}])
+    before = key(X, given)
+    assert key(X, given) == before
+    given.inner[0]["a"] = 2
+    assert key(X, given) != before
+    assert key(X, bytearray(b"12")) == key(X, bytearray(b"12")) != key(X, bytearray(b"21"))
+    assert key(X, np.int64(1)) == key(X, np.int64(1)) != key(X, np.int64(2))
+
+
+def test_an_iterator_is_no_argument():
+    with pytest.raises(CaptureError, match="list_iterator"):
+        Inputs.of((X, iter([1])), {})
 
 
 class ChannelsLast(nn.Module):

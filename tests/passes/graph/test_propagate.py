@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxstream.passes.graph.capture import capture
+from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.propagate import arguments, evaluate, fake_tensor
 
 aten = torch.ops.aten
@@ -47,3 +50,25 @@ def test_a_fake_tensor_is_as_one_made_under_its_mode():
     found = fake_tensor(mode, (3, 4), (1, 8), torch.bfloat16, torch.device("cpu"))
     assert found.fake_mode is mode
     assert layout(found) == layout(made)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm", "channel_shuffle", "log_sigmoid", "roll", "rolls"])
+def test_values_are_laid_out_as_the_kernels_lay_them_out(name, order):
+    functions = {
+        "batch_norm": lambda x: nn.functional.batch_norm(x, torch.zeros(6), torch.ones(6)),
+        "group_norm": lambda x: nn.functional.group_norm(x, 2),
+        "channel_shuffle": lambda x: nn.functional.channel_shuffle(x, 2),
+        "log_sigmoid": nn.functional.logsigmoid,
+        "roll": lambda x: x.roll(1, 2),
+        "rolls": lambda x: x.roll((4, 3), (2, 3)),
+    }
+
+    class Laid(nn.Module):
+        def forward(self, x):
+            return functions[name](x.abs())
+
+    x = torch.randn([(2, 6, 4, 8)[dim] for dim in order]).permute([order.index(dim) for dim in range(4)])
+    graph_module = normalize(capture(Laid().eval(), (x,)).graph_module)
+    [result] = graph_module.graph.output_node().args[0]
+    assert result.meta["val"].stride() == Laid()(x).stride()

@@ -1,0 +1,698 @@
+"""Snapshots: what a model is besides the values of its weights, and what a call of it changes.
+
+A snapshot walks all that is reached from some roots: modules, containers, plain objects, functions and their closures.
+The look at every call (``holds``), the key by which plans are told apart (``key``), what a forward changed
+(``changes``) and the way back from that (``rewind``) are of one walk, so that what the one sees, the others see.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import types
+from array import array
+from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxstream.passes.graph.structure import flatten, slots
+from fxstream.runtime.autocast import autocast_devices
+
+Step = tuple[str, Any]
+"""One step from a value to a part of it: how, and by what name."""
+
+Place = tuple[Step, ...]
+"""Where a value is: a root, by its name, and the steps from there."""
+
+TARGET = "_streamed_target"
+"""Name under which a streamed module holds what it was made of."""
+
+_GLOBAL_HOOKS = (
+    *("_global_forward_pre_hooks", "_global_forward_hooks"),
+    *("_global_forward_hooks_with_kwargs", "_global_forward_hooks_always_called"),
+)
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+_WEIGHTS = ("_parameters", "_buffers")
+_BOOKKEEPING = {*vars(nn.Module())} - {"training", "_modules", *_WEIGHTS, *_HOOKS}
+"""What torch keeps in every module, and no forward reads."""
+
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, range, slice}
+_LIBRARY = {*sys.stdlib_module_names, "torch", "numpy", "fxstream"}
+_OPENED = (types.SimpleNamespace, UserDict, UserList, ChainMap)
+"""Classes of the standard library whose objects are plain."""
+
+_CACHED: Any = type(functools.cache(lambda: None))
+_WRAPPERS = (staticmethod, classmethod, property, functools.cached_property)
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT = _Absent()
+"""Stands for the value of what is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A value with parts, where it was found first, and the parts that it had."""
+
+    value: Any
+    place: Place
+    parts: dict[Step, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One place where a value is another than before. ``more`` is set where a list has grown: ``after`` is the new."""
+
+    place: Place
+    before: Any
+    after: Any
+    more: bool = False
+
+
+class Snapshot:
+    """What is reached from some roots, as it was when this was made. It keeps all of that alive.
+
+    With ``code`` the walk goes on into what the code of methods and functions names: globals, and what their closures
+    hold. That takes too long for a look at every call. What
+    is in the tensors at the places ``asked`` is part of what is seen.
+    """
+
+    def __init__(self, roots: Mapping[Any, Any], code: bool = False, asked: Collection[Place] = ()) -> None:
+        self.roots = dict(roots)
+        self.code = code
+        self.nodes: dict[int, _Node] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+        with torch._C.DisableTorchFunction():
+            self._walk()
+            self.weights = _weights(self.roots.get("model"))
+            values = (value_at(place, self.roots) for place in asked)
+            self._asked = {id(value): value for value in values if isinstance(value, torch.Tensor)}
+            if not code:
+                self._watch()
+
+    def _walk(self) -> None:
+        waiting: list[tuple[Place, Any]] = [((("root", name),), value) for name, value in reversed(self.roots.items())]
+        named, unnamed = {"forward", "__call__"}, defaultdict[str, list[tuple[Place, Any]]](list)
+        while waiting:
+            place, value = waiting.pop()
+            if isinstance(value, torch.Tensor):
+                self.tensors[id(value)] = value
+                continue
+            if place[-1][0] == "method":
+                if not (self.code and _is_ours(getattr(_bare(value), "__module__", None))):
+                    continue
+                if place[-1][1] not in named:  # no code that was reached calls anything by this name
+                    unnamed[place[-1][1]].append((place, value))
+                    continue
+            if id(value) in self.nodes or (parts := _parts(value, self.code)) is None:
+                continue
+            self.nodes[id(value)] = _Node(value, place, parts)
+            found = [((*place, step), part) for step, part in parts.items() if type(part) not in _ATOMS]
+            waiting.extend(reversed(found))
+            if self.code and isinstance(value, types.FunctionType):
+                for name in {*_names_in(value.__code__)} - named:
+                    named.add(name)
+                    waiting.extend(unnamed.pop(name, ()))
+
+    def _watch(self) -> None:
+        """Prepare flat lists of what ``holds`` compares, whose elements are nearly always the same objects."""
+        values = [node.value for node in self.nodes.values()]
+        modules = [value for value in values if isinstance(value, nn.Module)]
+        self._modules = [(_getter(module), vars(module)) for module in modules]
+        plain = [value for value in values if not isinstance(value, (nn.Module, type))]
+        objects = [value for value in plain if _is_plain(type(value))]
+        containers = [*filter(_is_container, plain), *map(_attributes, objects)]
+        self._empty = [value for value in containers if not len(value)]
+        self._dicts = [value for value in containers if len(value) and isinstance(value, dict)]
+        self._sequences = [value for value in containers if len(value) and not isinstance(value, dict)]
+        self._classes = [vars(value) for value in values if isinstance(value, type)]
+        self._functions = [value for value in plain if isinstance(value, types.FunctionType)]
+        self._slotted = [value for value in objects if slots(type(value))]
+        self._arrays = [value for value in values if _is_array(value)]
+        self._typed = [*modules, *objects]
+        self._sized: list[Any] = [*self._dicts, *self._sequences, *self._classes, *map(vars, modules)]
+        self._constants = [tensor for key, tensor in self.tensors.items() if key not in self.weights]
+        self._layouts = [*self.weights.values(), *self._constants]
+        self._seen = self._look()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        """What is compared by value, and what has to be the same objects."""
+        layouts = [*map(len, self._sized), *map(_LAYOUT, self._layouts), *map(torch.Tensor.stride, self._layouts)]
+        layouts += map(torch.Tensor.storage_offset, self._layouts)
+        layouts += map(_pointer, self._constants)
+        layouts += map(bytes, self._arrays)
+        layouts += [_bytes(tensor) for tensor in self._asked.values()]
+        seen = chain(
+            map(type, self._typed),
+            chain.from_iterable([get(attributes) for get, attributes in self._modules]),
+            chain.from_iterable(self._dicts),
+            chain.from_iterable(map(dict.values, self._dicts)),
+            chain.from_iterable(self._sequences),
+            chain.from_iterable([attributes.values() for attributes in self._classes]),
+            chain.from_iterable(map(_function_values, self._functions)),
+            chain.from_iterable(map(_slot_values, self._slotted)),
+        )
+        return layouts, list(seen)
+
+    def constants(self) -> dict[torch.Tensor, list[Place]]:
+        """The places of each tensor that is no weight of the model, and no argument of the call."""
+        found: dict[torch.Tensor, list[Place]] = {}
+        given = {id(tensor) for name in ("args", "kwargs") for tensor in flatten(self.roots.get(name)).tensors}
+        for node in self.nodes.values():
+            for step, part in node.parts.items():
+                if isinstance(part, torch.Tensor) and id(part) not in self.weights and id(part) not in given:
+                    found.setdefault(part, []).append((*node.place, step))
+        return found
+
+    def has(self, place: Place) -> bool:
+        """Whether what is at a place is seen at every look, which goes no further than the model's own values."""
+        parent = value_at(place[:-1], self.roots)
+        return place[-1][0] not in ("global", "module") and id(parent) in self.nodes
+
+    def holds(self) -> bool:
+        """Whether all is as it was. May say no where it is: a number may have been set to its own value."""
+        try:
+            layouts, seen = self._look()
+            return not any(self._empty) and layouts == self._seen[0] and all(map(is_, seen, self._seen[1]))
+        except (KeyError, RuntimeError, ValueError):  # a name is gone, or a container changed under the look
+            return False
+
+    def key(self, hidden: Collection[Place] = (), live: Collection[Place] = ()) -> Any:
+        """A value that is equal for states that one plan serves.
+
+        What is ``hidden`` has no part in it. A tensor at a ``live`` place, or in what is there, goes by its layout;
+        so do weights. Any other is itself alone.
+        """
+        return _Key(self, hidden, live).of({(("root", name),): value for name, value in self.roots.items()})
+
+    def changes(self, now: Snapshot) -> list[Change]:
+        """What differs in ``now``, a later snapshot of the same roots, from this one; new containers are compared."""
+        found: dict[Place, Change] = {}
+        globals_: set[tuple[int, str]] = set()
+        for key, node in self.nodes.items():
+            later = now.nodes.get(key)
+            if (
+                later is None
+                or isinstance(node.value, _CACHED)
+                or any(node.place[:length] in found for length in range(1, len(node.place) + 1))
+            ):
+                continue
+            for change in self._changes_of(node, later, now):
+                step, name = change.place[-1]
+                if step == "global":
+                    known = id(node.value.__globals__), name
+                    if known in globals_:
+                        continue
+                    globals_.add(known)
+                found[change.place] = change
+        return list(found.values())
+
+    def _changes_of(self, node: _Node, later: _Node, now: Snapshot) -> Iterator[Change]:
+        if isinstance(node.value, (list, deque)):
+            before, after = (
+                [part for (kind, _), part in each.parts.items() if kind == "item"] for each in (node, later)
+            )
+            if len(before) != len(after):
+                same = len(after) > len(before) and all(map(is_, before, after)) and not _is_bounded(node.value)
+                content = after[len(before) :] if same else after
+                yield Change((*node.place, ("content", None)), before, content, more=same)
+                return
+        for step in {**node.parts, **later.parts}:
+            before, after = node.parts.get(step, ABSENT), later.parts.get(step, ABSENT)
+            if before is not after and (self.content(before) != now.content(after)):
+                yield Change((*node.place, step), before, after)
+
+    def content(self, value: Any) -> Any:
+        """The key of one value of those reached."""
+        return _Key(self, weights=False).of({(): value})
+
+    def rewind(self) -> None:
+        """Give all that was reached the parts that it had. What is as it was is left alone."""
+        for node in self.nodes.values():
+            now = _parts(node.value, self.code)
+            if isinstance(node.value, _CACHED):
+                if now is not None and node.parts[_MISSES] != now[_MISSES]:
+                    node.value.cache_clear()  # what was kept there is of the capture
+            elif POSITION in node.parts:
+                continue
+            elif _is_array(node.value):
+                if now != node.parts:
+                    _set(node.value, _BYTES, node.parts[_BYTES])
+            elif now is not None and not (
+                now.keys() == node.parts.keys() and all(map(is_, now.values(), node.parts.values()))
+            ):
+                _restore(node.value, node.parts, now)
+
+
+class _Key:
+    """Builds the key of values in a snapshot: the parts of each node reached, by its number in the order of arrival."""
+
+    def __init__(
+        self, snapshot: Snapshot, hidden: Collection[Place] = (), live: Collection[Place] = (), weights: bool = True
+    ) -> None:
+        self.snapshot = snapshot
+        self.weights = snapshot.weights if weights else {}
+        self.hidden, self.live = frozenset(hidden), frozenset(live)
+        self.numbers: dict[Any, int] = {}
+        self.waiting: deque[_Node] = deque()
+
+    def of(self, values: Mapping[Place, Any]) -> Any:
+        with torch._C.DisableTorchFunction():
+            found = [tuple(self._part(value, place) for place, value in values.items() if place not in self.hidden)]
+            while self.waiting:
+                node = self.waiting.popleft()
+                parts = [
+                    (self._name(node, step), self._part(part, (*node.place, step)))
+                    for step, part in node.parts.items()
+                    if not self.hidden or (*node.place, step) not in self.hidden
+                ]
+                if self.hidden and (*node.place, ("content", None)) in self.hidden:
+                    parts = []
+                kind = _Same(node.value) if isinstance(node.value, type) else type(node.value)
+                found.append((kind, frozenset(parts) if isinstance(node.value, (set, frozenset)) else tuple(parts)))
+        return tuple(found)
+
+    def _name(self, node: _Node, step: Step) -> Any:
+        if step[0] == "item" and str(node.place[-1][1]).endswith(_HANDLED):
+            return self._number(("handle", step[1]))  # handles of hooks only ever grow
+        return step[0], type(step[1]), step[1]
+
+    def _number(self, of: Any) -> int:
+        return self.numbers.setdefault(of, len(self.numbers))
+
+    def _part(self, value: Any, place: Place) -> Any:
+        node = self.snapshot.nodes.get(id(value))
+        if node is not None:
+            if id(value) not in self.numbers:
+                self.waiting.append(node)
+            return self._number(id(value))
+        if isinstance(value, torch.Tensor):
+            layout = _LAYOUT(value), torch.Tensor.stride(value), torch.Tensor.storage_offset(value)
+            if id(value) in self.weights or self._is_live(place):
+                return "tensor", self._number(id(value)), layout
+            held = _bytes(value) if id(value) in self.snapshot._asked else None
+            return _Same(value), layout, _pointer(value), held
+        return _atom(value)
+
+    def _is_live(self, place: Place) -> bool:
+        return bool(self.live) and any(place[:length] in self.live for length in range(1, len(place) + 1))
+
+
+_HANDLED = (*_HOOKS, *_GLOBAL_HOOKS)
+POSITION: Step = ("position", None)
+"""The step to where an iterator is, which nothing can set."""
+
+_BYTES: Step = ("bytes", None)
+_MISSES: Step = ("misses", None)
+_IMMUTABLE, _HEAP = 1 << 8, 1 << 9  # of a type's flags
+_LAYOUT = attrgetter("shape", "dtype", "device", "requires_grad")
+
+
+def key_of(value: Any) -> Any:
+    """What is equal for values that are alike down to their parts, of an argument that is no tensor.
+
+    Raises ``TypeError`` for one that can be changed and does not tell what is in it.
+    """
+    if type(value) in _ATOMS:
+        return _atom(value)
+    if _parts(value, False) is None and type(value).__hash__ is None:
+        raise TypeError(type(value).__name__)
+    return Snapshot({"value": value}).key()
+
+
+def roots_of(module: nn.Module) -> dict[str, Any]:
+    """A model, and the hooks of all modules, as the roots of a snapshot."""
+    return {"model": module, **global_hooks()}
+
+
+def global_hooks() -> dict[str, dict[int, Any]]:
+    """The hooks of all modules, by torch's names for them."""
+    everywhere = vars(torch.nn.modules.module)
+    return {name: everywhere[name] for name in _GLOBAL_HOOKS if name in everywhere}
+
+
+def environment() -> Any:
+    """What of torch's own state a graph or its plan depends on."""
+    casts = tuple((device, torch.get_autocast_dtype(device)) for device in autocast_devices())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.get_default_dtype(), torch.get_default_device(), casts, torch.get_num_threads(), deterministic
+
+
+def value_at(place: Place, roots: Mapping[str, Any]) -> Any:
+    """What is at a place now, ``ABSENT`` where nothing is."""
+    (_, name), *steps = place
+    value = roots.get(name, ABSENT)
+    for step in steps:
+        parts = _parts(value, True)
+        value = ABSENT if parts is None else parts.get(step, ABSENT)
+    return value
+
+
+def put(place: Place, roots: Mapping[str, Any], value: Any, more: bool = False) -> None:
+    """Set what is at a place; with ``more`` its list goes on by these values. ``ABSENT`` takes it away."""
+    owner, (kind, name) = value_at(place[:-1], roots), place[-1]
+    if kind == "content":
+        _refill(owner, [*owner, *value] if more else value)
+    else:
+        _set(owner, (kind, name), value)
+
+
+def describe(place: Place) -> str:
+    """A place as a user would write it, from the model on: ``blocks.0.scale``, ``cache['a'][0]``."""
+    text = "" if place[0] == ("root", "model") else str(place[0][1])
+    before = ""
+    for kind, name in place[1:]:
+        if kind == "attribute" and name in ("_modules", *_WEIGHTS):
+            pass
+        elif kind == "item" and before not in ("_modules", *_WEIGHTS):
+            text += f"[{name!r}]"
+        elif kind == "class":
+            text = name.__qualname__
+        elif kind == "module":
+            text = f"{name[0].__name__}.{name[1]}"
+        elif kind == "global":
+            text = str(name)
+        elif kind not in ("content", "function", "self", "bytes", "position"):
+            text += f".{name}" if text else str(name)
+        before = name if kind == "attribute" else ""
+    return text
+
+
+def owner_of(place: Place, roots: Mapping[str, Any]) -> tuple[str, Any]:
+    """The path and the value of the innermost submodule that a place is in, ``("", model)`` at the top."""
+    path, found = "", roots["model"]
+    for length in range(1, len(place)):
+        if place[length - 1] == ("attribute", "_modules"):
+            module = value_at(place[: length + 1], roots)
+            if isinstance(module, nn.Module):
+                path, found = describe(place[: length + 1]), module
+    return path, found
+
+
+def _weights(model: Any) -> dict[int, torch.Tensor]:
+    """The weights of a model, which its graphs reach into it for."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    weights = (chain(module._parameters.values(), module._buffers.values()) for module in modules)
+    return {id(weight): weight for weight in chain.from_iterable(weights) if weight is not None}
+
+
+def _pointer(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory is; 0 where it has none."""
+    if isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta:
+        return 0
+    return tensor.data_ptr()
+
+
+def _getter(module: nn.Module) -> Callable[[Any], tuple[Any, ...]]:
+    """Takes from a module's attributes what a forward may read and what is no container of torch's."""
+    return itemgetter(*(name for name in vars(module) if name not in _BOOKKEEPING))
+
+
+def _is_bounded(value: Any) -> bool:
+    return isinstance(value, deque) and value.maxlen is not None
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list, deque, set))
+
+
+def _parts(value: Any, code: bool) -> dict[Step, Any] | None:
+    """The parts of a value that has some, by the steps to them; None for one that is known by itself alone."""
+    kind = type(value)
+    if kind in _ATOMS or isinstance(value, (torch.Tensor, enum.Enum)):
+        return None
+    if isinstance(value, nn.Module):
+        if TARGET in vars(value):
+            return {("attribute", "_original"): vars(value)["_original"]}
+        parts = {("attribute", name): part for name, part in vars(value).items() if name not in _BOOKKEEPING}
+        return {**parts, **_classes(kind)}
+    if isinstance(value, type):
+        return _class_parts(value, code)
+    if isinstance(value, types.FunctionType):
+        return _function_parts(value, code)
+    if isinstance(value, types.GeneratorType):
+        return {POSITION: value.gi_frame.f_lasti if value.gi_frame else None}
+    if kind.__module__ == "itertools":
+        return {POSITION: repr(value)}
+    if isinstance(value, types.MethodType):
+        return {("function", None): value.__func__, ("self", None): value.__self__}
+    if isinstance(value, functools.partial):
+        return {
+            ("attribute", "func"): value.func,
+            ("attribute", "args"): value.args,
+            ("attribute", "keywords"): value.keywords,
+        }
+    if _is_array(value):
+        about = (value.shape, value.strides, str(value.dtype)) if hasattr(value, "shape") else len(value)
+        return {_BYTES: bytes(value), ("about", None): about}
+    if code and isinstance(value, _CACHED):
+        return {("function", None): value.__wrapped__, _MISSES: value.cache_info().misses}
+    if code and isinstance(value, _WRAPPERS):
+        return {("function", None): _bare(value)}
+    return _object_parts(value)
+
+
+def _object_parts(value: Any) -> dict[Step, Any] | None:
+    kind = type(value)
+    if isinstance(value, dict):
+        items = OrderedDict.items(value) if isinstance(value, OrderedDict) else dict.items(value)
+        parts: dict[Step, Any] = {("item", name): part for name, part in items}
+    elif isinstance(value, types.MappingProxyType):
+        parts = {("item", name): part for name, part in value.items()}
+    elif isinstance(value, (list, tuple, deque)):
+        parts = {("item", index): part for index, part in enumerate(_elements(value))}
+    elif isinstance(value, (set, frozenset)):
+        parts = {("element", part): part for part in _elements(value)}
+    elif not _is_plain(kind):
+        return None
+    else:
+        parts = {}
+    if _is_plain(kind):
+        parts.update((("attribute", name), part) for name, part in _attributes(value).items())
+        parts.update((("attribute", name), getattr(value, name)) for name in slots(kind) if hasattr(value, name))
+        parts.update(_classes(kind))
+    return parts
+
+
+def _elements(value: Any) -> Iterator[Any]:
+    """What a sequence or a set holds, whatever its class makes of iteration."""
+    base = next(base for base in (list, tuple, deque, set, frozenset) if isinstance(value, base))
+    return base.__iter__(value)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+
+
+def _class_parts(value: type, code: bool) -> dict[Step, Any] | None:
+    if value.__flags__ & _IMMUTABLE and not _is_ours(value.__module__):
+        return None
+    ours = _is_ours(value.__module__)
+    return {
+        ("attribute" if ours and not _is_method(part) else "method", name): part
+        for name, part in vars(value).items()
+        if not name.startswith("__") or name == "__call__"
+    }
+
+
+def _bare(method: Any) -> Any:
+    """The function that a class holds as a static method, a class method or a property."""
+    for name in ("__func__", "fget", "func"):
+        method = getattr(method, name, method) if isinstance(method, _WRAPPERS) else method
+    return method
+
+
+def _is_method(part: Any) -> bool:
+    return isinstance(part, (types.FunctionType, _CACHED, type, *_WRAPPERS))
+
+
+def _function_parts(value: types.FunctionType, code: bool) -> dict[Step, Any]:
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    parts: dict[Step, Any] = {("code", None): value.__code__}
+    parts.update((("cell", name), _cell(cell)) for name, cell in cells if name != "__class__")
+    parts.update((("default", index), part) for index, part in enumerate(value.__defaults__ or ()))
+    parts.update((("keyword", name), part) for name, part in (value.__kwdefaults__ or {}).items())
+    parts.update((("attribute", name), part) for name, part in vars(value).items())
+    if code and _is_ours(value.__module__):
+        names = _names_in(value.__code__)
+        parts.update(_named(value.__globals__, names))
+    return parts
+
+
+def _named(space: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[Step, Any]]:
+    """The globals of these names, and in modules among them what is named so there."""
+    for name in names:
+        if name not in space:
+            continue
+        value = space[name]
+        if not isinstance(value, types.ModuleType):
+            if _is_read(value):
+                yield ("global", name), value
+        elif _is_ours(value.__name__):
+            inside = vars(value)
+            yield from (
+                (("module", (value, each)), inside[each]) for each in names if each in inside and _is_read(inside[each])
+            )
+
+
+def _is_read(value: Any) -> bool:
+    """Whether what a global is, is of the user's making, or holds something."""
+    if isinstance(value, types.ModuleType):
+        return False
+    return not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) or _is_ours(value.__module__)
+
+
+@functools.cache
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return tuple(dict.fromkeys((*code.co_names, *chain.from_iterable(map(_names_in, inner)))))
+
+
+def _is_ours(module: str | None) -> bool:
+    """Whether code is the user's: neither torch's nor the standard library's."""
+    return isinstance(module, str) and module.partition(".")[0] not in _LIBRARY
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether objects of a class are what their attributes are."""
+    return kind in _OPENED or (_is_ours(kind.__module__) and bool(kind.__flags__ & _HEAP))
+
+
+def _classes(kind: type) -> dict[Step, Any]:
+    return {("class", base): base for base in kind.__mro__[:-1]}
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _function_values(value: types.FunctionType) -> Iterator[Any]:
+    yield value.__code__
+    yield from map(_cell, value.__closure__ or ())
+    yield from value.__defaults__ or ()
+    yield from (value.__kwdefaults__ or {}).values()
+
+
+def _slot_values(value: Any) -> Iterator[Any]:
+    return (getattr(value, name, ABSENT) for name in slots(type(value)))
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is memory that may be written, and that tells what it is."""
+    return isinstance(value, (bytearray, array)) or (type(value).__name__ == "ndarray" and not value.dtype.hasobject)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """What a tensor holds."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _atom(value: Any) -> Any:
+    """The key of a value without parts: with its type, as 2, 2.0 and True differ, and so do zeros of either sign."""
+    if isinstance(value, float):
+        return type(value), float(value).hex()
+    if isinstance(value, complex):
+        return type(value), value.real.hex(), value.imag.hex()
+    if isinstance(value, (int, str, bytes, range)) or (type(value) in _ATOMS and type(value) is not slice):
+        return type(value), value
+    if isinstance(value, slice):
+        return slice, *map(_atom, (value.start, value.stop, value.step))
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
+        return type(value), value.tobytes()
+    return _Same(value)
+
+
+def _set(owner: Any, step: Step, value: Any) -> None:
+    kind, name = step
+    if kind == "global":
+        owner, kind = owner.__globals__, "item"
+    elif kind == "module":
+        owner, name, kind = vars(name[0]), name[1], "item"
+    if kind == "cell":
+        cell = owner.__closure__[owner.__code__.co_freevars.index(name)]
+        if value is ABSENT:
+            del cell.cell_contents
+        else:
+            cell.cell_contents = value
+    elif kind == "bytes":
+        memoryview(owner).cast("B")[:] = value
+    elif kind == "item" and value is ABSENT:
+        (OrderedDict if isinstance(owner, OrderedDict) else dict).__delitem__(owner, name)
+    elif kind == "item":
+        base = next(base for base in (OrderedDict, dict, list, deque) if isinstance(owner, base))
+        base.__setitem__(owner, name, value)
+    elif isinstance(owner, type):
+        type.__delattr__(owner, name) if value is ABSENT else type.__setattr__(owner, name, value)
+    elif kind == "attribute" and name in slots(type(owner)):
+        object.__delattr__(owner, name) if value is ABSENT else object.__setattr__(owner, name, value)
+    elif kind == "attribute" and value is ABSENT:
+        del _attributes(owner)[name]
+    elif kind == "attribute":
+        _attributes(owner)[name] = value
+    else:
+        raise TypeError(f"a {kind} can't be set")
+
+
+def _refill(owner: Any, values: Iterable[Any]) -> None:
+    if isinstance(owner, list):
+        list.__setitem__(owner, slice(None), values)
+        return
+    values = list(values)
+    owner.clear()
+    owner.extend(values) if isinstance(owner, deque) else owner.update(values)
+
+
+def _restore(owner: Any, before: Mapping[Step, Any], now: Mapping[Step, Any]) -> None:
+    """Give a value the parts back that it had, one by one, in their order."""
+    if isinstance(owner, (list, deque, set)):
+        kind = "element" if isinstance(owner, set) else "item"
+        _refill(owner, [part for step, part in before.items() if step[0] == kind])
+    if isinstance(owner, (list, deque, set, tuple, frozenset)):
+        before, now = ({s: p for s, p in each.items() if s[0] == "attribute"} for each in (before, now))
+    lost = [step for step in before if step not in now]
+    for step, part in now.items():
+        if step not in before:
+            _set(owner, step, ABSENT)
+        elif part is not before[step]:
+            _set(owner, step, before[step])
+    for step in lost:
+        _set(owner, step, before[step])
+    if lost or [step for step in now if step in before] != [*before]:
+        for step, part in before.items():  # what was lost came back last
+            if step[0] in ("item", "attribute") and not isinstance(owner, type):
+                _set(owner, step, ABSENT)
+                _set(owner, step, part)
+
+
+class _Same:
+    """Equal to another of the same object alone, which it keeps alive, so that no later one takes its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
