@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 
 _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -30,7 +30,11 @@ class Budget:
 
         Raises ``ValueError`` for anything else.
         """
-        if isinstance(budget, bool) or not isinstance(budget, (str, Real)):
+        if isinstance(budget, Rational):
+            fits = isinstance(budget, Integral) and not isinstance(budget, bool)
+        else:
+            fits = isinstance(budget, (str, Real))
+        if not fits:
             raise ValueError(f"memory_budget {budget!r} can't be read: {_FORMS}")
         if isinstance(budget, Integral):
             budget = int(budget)

@@ -14,7 +14,7 @@ from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.caches import refuse_caches
 from fxstream.errors import MemoryBudgetError
 from fxstream.passes.graph.call import Captured
-from fxstream.passes.graph.capture import capture
+from fxstream.passes.graph.capture import capture, written
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
@@ -100,12 +100,10 @@ def fit_graph(
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
     with internal_errors("planning", graph_module):
         streamed = stream(graph_module, allowed, allow_recompute)
-        if allowed is not None and streamed.after.peak_bytes > allowed:
-            streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
         made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
     if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
         raise _budget_error(made, budget, allowed, held, held_bytes, resident)
-    return streamed.graph_module, made
+    return written(streamed.graph_module), made
 
 
 def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[..., Any]:

@@ -13,9 +13,7 @@ from fxstream.budget import format_bytes
 from fxstream.passes.graph.capture import module_path
 from fxstream.passes.graph.liveness import MemoryProfile
 from fxstream.passes.planning.barriers import Barrier, barriers
-from fxstream.passes.planning.grouping import Group
-from fxstream.passes.stream import Streamed
-from fxstream.runtime.loop import SlicedLoop
+from fxstream.passes.planning.tree import Block, Loop
 
 T = TypeVar("T")
 
@@ -150,21 +148,20 @@ class Plan:
         return tabulate(rows, headers=["operator", "nodes", "largest live bytes"])
 
 
-def make_plan(before: MemoryProfile, streamed: Streamed, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
+def make_plan(before: MemoryProfile, block: Block, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
     """The plan that a streamed graph carries out."""
     position = {name: index for index, name in enumerate(before.nodes)}
-    groups = tuple(_groups(streamed, position, (), 0))
-    after, blocked = _unfolded(streamed), barriers(streamed.program)
-    return Plan(before, after, groups, blocked, budget_bytes, seconds, streamed.added_flops)
+    groups = tuple(_groups(block, position, (), 0))
+    return Plan(before, _unfolded(block), groups, barriers(block.program), budget_bytes, seconds, block.added_flops)
 
 
-def _unfolded(streamed: Streamed) -> MemoryProfile:
-    """The profile of a streamed graph, with that of a streamed body in place of its loop's node."""
-    profile = streamed.after
-    for number, group in enumerate(streamed.groups):
-        if group not in streamed.inner:
+def _unfolded(block: Block) -> MemoryProfile:
+    """The profile of a block, with that of a streamed body in place of its loop's node."""
+    profile = block.after
+    for loop in block.loops:
+        if loop.body is None:
             continue
-        name, inner = f"loop_{number}", _unfolded(streamed.inner[group])
+        name, inner = loop.name, _unfolded(loop.body)
         at = profile.nodes.index(name)
         outside = profile.live_bytes[at] - inner.peak_bytes
         longer = len(inner.nodes) - 1
@@ -191,37 +188,29 @@ def _spliced(values: tuple[T, ...], at: int, inner: tuple[T, ...]) -> tuple[T, .
     return (*values[:at], *inner, *values[at + 1 :])
 
 
-def _groups(
-    streamed: Streamed, position: Mapping[str, int], around: tuple[str, ...], outside: int
-) -> Iterator[PlannedGroup]:
-    """The groups of a graph inside the loops ``around`` it, which hold ``outside`` bytes; each, then its body's.
+def _groups(block: Block, position: Mapping[str, int], around: tuple[str, ...], outside: int) -> Iterator[PlannedGroup]:
+    """The loops of a block inside the loops ``around`` it, which hold ``outside`` bytes; each, then its body's.
 
     ``position`` is that of each node in the schedule before.
     """
-    live = dict(zip(streamed.after.nodes, streamed.after.live_bytes, strict=True))
-    for number, group in enumerate(streamed.groups):
-        name = f"loop_{number}"
-        after = live[name]
-        loop = streamed.graph_module.get_submodule(name)
-        assert isinstance(loop, SlicedLoop)
-        body = next(iter(loop.graphs().values()))
-        path = (*around, name)
-        yield _planned(streamed, group, position, path, outside, after, body.code)
-        if group in streamed.inner:
-            inner = streamed.inner[group]
-            yield from _groups(inner, position, path, outside + after - inner.after.peak_bytes)
+    live = dict(zip(block.after.nodes, block.after.live_bytes, strict=True))
+    for loop in block.loops:
+        path = (*around, loop.name)
+        yield _planned(block, loop, position, path, outside, live[loop.name])
+        if loop.body is not None:
+            inside = outside + live[loop.name] - loop.body.after.peak_bytes
+            yield from _groups(loop.body, position, path, inside)
 
 
 def _planned(
-    streamed: Streamed,
-    group: Group,
+    block: Block,
+    loop: Loop,
     position: Mapping[str, int],
-    loops: tuple[str, ...],
+    path: tuple[str, ...],
     outside: int,
     after: int,
-    code: str,
 ) -> PlannedGroup:
-    program, start, end = streamed.program, group.start, group.end
+    program, group, start, end = block.program, loop.group, loop.group.start, loop.group.end
     inside = [index for index in range(start, end + 1) if index in group.run.slices]
     first, last = program.values[inside[0]].node, program.values[inside[-1]].node
     positions = {
@@ -236,7 +225,7 @@ def _planned(
     paths = [module_path(program.values[index].node).split(".") for index in inside]
     shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
     return PlannedGroup(
-        name="/".join(loops),
+        name="/".join(path),
         first=first.meta.get("origin", first.name),
         last=last.meta.get("origin", last.name),
         spans=tuple(_runs(positions)),
@@ -246,8 +235,8 @@ def _planned(
         lengths=group.lengths,
         bytes_before=outside + max(program.live_bytes[start : end + 1]),
         bytes_after=outside + after,
-        depth=len(loops) - 1,
-        code=code,
+        depth=len(path) - 1,
+        code=next(iter(loop.module.graphs().values())).code,
     )
 
 

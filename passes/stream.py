@@ -9,26 +9,28 @@ memory is still too high are computed again for their late uses, and the graph s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 from torch import fx
 
+from fxstream.passes.graph.capture import rebuilt
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.flops import flops
-from fxstream.passes.graph.liveness import MemoryProfile, profile, tensors_of
+from fxstream.passes.graph.liveness import bodies_bytes, profile, tensors_of
 from fxstream.passes.machine.cost import CostModel, cost_model
 from fxstream.passes.planning.candidates import Candidate, find_candidates, whole
 from fxstream.passes.planning.grouping import Group, Grouping, lengths_of
 from fxstream.passes.planning.program import Program
 from fxstream.passes.planning.runs import find_runs
+from fxstream.passes.planning.tree import Block, Loop
 from fxstream.passes.rewriting.recompute import recompute
 from fxstream.passes.rewriting.schedule import schedule
-from fxstream.passes.rewriting.slicing import Slicer
+from fxstream.passes.rewriting.slicing import Slicer, loop_name
 from fxstream.passes.rewriting.split_norms import split_norms
 from fxstream.passes.rewriting.split_reductions import split_reductions
-from fxstream.runtime.loop import SlicedLoop
 
 HOT_SHARE = 0.1
 """Runs are looked for where at least this share of the peak is live, or will be at the next node."""
@@ -66,262 +68,259 @@ MOST_ADDED = 1.0
 """Recomputing adds at most this share of a graph's operations."""
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """A rewritten graph: ``groups`` in schedule order; ``inner`` has what became of the bodies that were streamed.
-
-    ``program`` is what was sliced; ``recomputed_flops`` are the operations in it that were not in the graph given.
-    """
-
-    graph_module: fx.GraphModule
-    groups: tuple[Group, ...]
-    program: Program
-    after: MemoryProfile
-    inner: dict[Group, Streamed] = field(default_factory=dict)
-    recomputed_flops: int = 0
-
-    @property
-    def added_flops(self) -> int:
-        """Operations that recomputing adds, those in the slices of loops with it."""
-        inside = sum(found.added_flops * len(group.lengths) for group, found in self.inner.items())
-        return self.recomputed_flops + inside
-
-
 @collector_paused()
 def stream(
     graph_module: fx.GraphModule, budget: int | None, allow_recompute: bool = False, most_outer: int = MOST_OUTER
-) -> Streamed:
+) -> Block:
     """Rewrite a normalized graph until its peak is within ``budget`` bytes (over its weights and inputs).
 
     ``None`` asks for the lowest reachable. Where the budget can't be met, the result is the lowest reached. With
     ``allow_recompute`` values may be computed twice, where the budget can't be met without. Outer loops make at most
     ``most_outer`` bodies, all together.
     """
-    found = _recomputed(graph_module, budget, 0.0, most_outer)
-    if not allow_recompute or (budget is not None and found.after.peak_bytes <= budget):
-        return found
-    spare = MOST_ADDED * sum(flops(graph_module).values())
-    return min(found, _recomputed(graph_module, budget, spare, most_outer), key=lambda each: each.after.peak_bytes)
-
-
-def _recomputed(graph_module: fx.GraphModule, budget: int | None, spare: float, most_outer: int) -> Streamed:
-    """``stream``, where recomputing adds at most ``spare`` operations."""
-    best = latest = _stream(graph_module, budget, spare, most_outer)
-    given = sum(flops(graph_module).values()) if spare else 0
-    for _ in range(ROUNDS if spare else 0):
-        if budget is not None and best.after.peak_bytes <= budget:
-            break
-        limit = max(HIGH_SHARE * latest.after.peak_bytes, budget or 0)
-        changed = recompute(latest.program, _held_above(latest, limit))
-        if changed is None:
-            break
-        added = sum(flops(changed).values()) - given
-        if added > spare:
-            break
-        latest = replace(_stream(changed, budget, spare - added, most_outer), recomputed_flops=added)
-        if latest.after.peak_bytes < best.after.peak_bytes:
-            best = latest
+    search = Search(graph_module, most_outer)
+    best = search.unchanged
+    for target in dict.fromkeys((budget, None)):
+        for spare in (False, True) if allow_recompute else (False,):
+            if budget is not None and best.after.peak_bytes <= budget:
+                return best
+            found = search.streamed(target, MOST_ADDED * sum(flops(graph_module).values()) if spare else 0.0)
+            best = min(best, found, key=lambda block: block.after.peak_bytes)
     return best
 
 
-def _held_above(streamed: Streamed, limit: float) -> set[int]:
-    """Large storages of a program, by index, that a streamed graph holds where more than ``limit`` bytes are live."""
-    program, after, held = streamed.program, streamed.after, set()
-    names = {value.node.name: (index, index) for index, value in enumerate(program.values)}
-    names |= {f"loop_{number}": (group.start, group.end) for number, group in enumerate(streamed.groups)}
-    for name, live in zip(after.nodes, after.live_bytes, strict=True):
-        start, end = names.get(name, (0, -1))
-        for index, storage in enumerate(program.liveness.storages) if live > limit else ():
-            across = (
-                storage.birth <= end and storage.death >= start and not start <= storage.birth <= storage.death <= end
-            )
-            if storage.bytes >= LARGE_SHARE * after.peak_bytes and (across or start == end == storage.birth):
+class Search:
+    """Ways to stream one graph: what is found out of it, and of the bodies of its loops, serves every budget."""
+
+    def __init__(self, graph_module: fx.GraphModule, most_outer: int) -> None:
+        self.given, self.most_outer = graph_module, most_outer
+        self.before = profile(graph_module)
+        self._bodies: dict[fx.GraphModule, Search] = {}
+
+    @cached_property
+    def unchanged(self) -> Block:
+        """The graph as it was given."""
+        return Block(self.given, Program(self.given), self.before)
+
+    @cached_property
+    def program(self) -> Program:
+        """The graph in the order of the lowest peak, its norms and reductions split."""
+        least = LARGE_SHARE * self.before.peak_bytes
+        return Program(split_reductions(split_norms(schedule(self.given), least), least))
+
+    @cached_property
+    def slicer(self) -> Slicer:
+        return Slicer(self.program)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        value = next(t for node in self.program.liveness.schedule for t in tensors_of(node.meta["val"]))
+        return cost_model(value.device)
+
+    @cached_property
+    def outer(self) -> Candidate | None:
+        """The run through nearly all of the graph, from one of its first large values on, whose body holds least."""
+        program, most = self.program, self.most_outer
+        large = (i for i in range(len(program)) if program.traffic[i][0] >= LARGE_SHARE * self.before.peak_bytes)
+        runs = find_runs(program, islice(large, FIRST_LARGE))
+        through = [run for run in runs if len(run.slices) >= OUTER_SHARE * len(program)]
+        runs = [run for run in through if run.extent <= most]
+        found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
+        alone = [candidate for candidate in found if not candidate.run.windowed]  # all slices have one body
+        return min(alone, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
+
+    @cached_property
+    def anywhere(self) -> Grouping:
+        """The loops that there may be side by side."""
+        outer = [self.outer] if self.outer else []
+        return Grouping(self.program, [*self._candidates(range(len(self.program))), *outer], self.costs)
+
+    def _candidates(self, where: Iterable[int]) -> list[Candidate]:
+        """The candidates of the runs at those positions where memory is high."""
+        hot, live = HOT_SHARE * self.program.peak_bytes, self.program.live_bytes
+        runs = find_runs(self.program, [index for index in where if max(live[index : index + 2]) >= hot])
+        return list(find_candidates(self.program, runs))
+
+    def _inside(self, body: fx.GraphModule, most_outer: int = 0) -> Search:
+        if body not in self._bodies:
+            self._bodies[body] = Search(body, most_outer)
+        return self._bodies[body]
+
+    def streamed(self, budget: int | None, spare: float) -> Block:
+        """The graph to a budget, where recomputing adds at most ``spare`` operations."""
+        best = latest = self._streamed(budget, spare)
+        given = sum(flops(self.given).values()) if spare else 0
+        for _ in range(ROUNDS if spare else 0):
+            if budget is not None and best.after.peak_bytes <= budget:
+                break
+            limit = max(HIGH_SHARE * latest.after.peak_bytes, budget or 0)
+            changed = recompute(latest.program, _held_above(latest, limit))
+            if changed is None:
+                break
+            added = sum(flops(changed).values()) - given
+            if added > spare:
+                break
+            found = Search(changed, self.most_outer)._streamed(budget, spare - added)
+            latest = replace(found, recomputed_flops=added)
+            if latest.after.peak_bytes < best.after.peak_bytes:
+                best = latest
+        return best
+
+    def _streamed(self, budget: int | None, spare: float) -> Block:
+        """``streamed`` of the graph as it is: loops side by side, or one around nearly all of it and more inside."""
+        before = self.before.peak_bytes
+        if not before or (budget is not None and before <= budget):
+            return self.unchanged
+        found = []
+        if budget is None and self.outer is not None:
+            found.append(self._nested(self.outer, None, spare))
+            if found[0].after.peak_bytes <= GOOD_SHARE * before:
+                return found[0]
+        lowest = self.anywhere.lowest_bytes()
+        if self.outer is None or (lowest < found[0].after.peak_bytes if budget is None else lowest <= budget):
+            found.append(self._side_by_side(self.anywhere, budget, spare, {}))
+        if self.outer is not None and budget is not None and not (found and found[0].after.peak_bytes <= budget):
+            found.append(self._nested(self.outer, budget, spare))
+        best = min(found, key=lambda block: block.after.peak_bytes)
+        return best if best.after.peak_bytes < before else self.unchanged
+
+    def _nested(self, outer: Candidate, budget: int | None, spare: float) -> Block:
+        """One loop around nearly all of the graph, its body streamed in turn, beside the loops that the rest needs."""
+        extent = outer.run.extent
+        group = Group(outer, lengths_of(extent, extent))
+        module = self.slicer.loop(group).module
+        [(name, body)] = module.graphs().items()
+        left = None if budget is None else max(budget - outer.fixed_bytes, 1)
+        inner = self._inside(body, self.most_outer // extent).streamed(left, spare / extent)
+        outside = [index for index in range(len(self.program)) if not outer.start <= index <= outer.end]
+        grouping = Grouping(self.program, self._candidates(outside), self.costs)
+        grouping.fix(group, inner.after.peak_bytes)
+        loop = Loop("", group, module.with_bodies({name: inner.graph_module}), inner)
+        return self._side_by_side(grouping, budget, spare, {group: loop})
+
+    def _side_by_side(self, grouping: Grouping, budget: int | None, spare: float, known: Mapping[Group, Loop]) -> Block:
+        """Loops side by side, with bodies that are streamed where they make the peak; ``known`` are some already.
+
+        The bodies of loops within an outer loop's body are streamed only where that has outer loops, too.
+        """
+        best = self._chosen(grouping, budget, known)
+        if not self.most_outer:
+            return best
+        best = self._deepened(best, budget, spare, grouping.floor_bytes())
+        while spare and (budget is None or best.after.peak_bytes > budget):
+            known = {loop.group: loop for loop in best.loops if loop.body is not None}
+            if not known:
+                break
+            self._learn(grouping, known, known)
+            found = self._chosen(grouping, budget, known)
+            found = self._deepened(found, budget, spare, grouping.floor_bytes())
+            if found.after.peak_bytes >= best.after.peak_bytes:
+                break
+            best = found
+        return best
+
+    def _chosen(self, grouping: Grouping, budget: int | None, known: Mapping[Group, Loop]) -> Block:
+        """Loops side by side as they are built, chosen again while more is learned of what they hold."""
+        best: Block | None = None
+        for _ in range(ROUNDS):
+            lowest = grouping.lowest_bytes()
+            target = lowest * SLACK if budget is None else max(lowest, budget)
+            groups = grouping.choose(target) or []
+            self._learn(grouping, groups, known)
+            found = self._block(groups, known)
+            if best is None or found.after.peak_bytes < best.after.peak_bytes:
+                best = found
+            if found.after.peak_bytes <= target:
+                break
+            if not grouping.hold_larger(groups):
+                for group in groups:
+                    grouping.avoid_larger(group)
+        assert best is not None
+        return best
+
+    def _learn(self, grouping: Grouping, groups: Iterable[Group], known: Mapping[Group, Loop]) -> None:
+        """Let the grouping know what the bodies of groups hold."""
+        for group in groups:
+            module = known[group].module if group in known else self.slicer.loop(group).module
+            for length, held in bodies_bytes(module).items():
+                grouping.learn(group, length, held)
+
+    def _block(self, groups: Iterable[Group], known: Mapping[Group, Loop]) -> Block:
+        """The program with a loop for each group; those in ``known`` as they are there."""
+        loops = []
+        for number, group in enumerate(groups):
+            loop = known.get(group) or Loop("", group, self.slicer.loop(group).module)
+            loops.append(replace(loop, name=loop_name(number)))
+        rewritten = self.slicer.rewrite([loop.group for loop in loops], {loop.group: loop.module for loop in loops})
+        return Block(rewritten, self.program, profile(rewritten), tuple(loops))
+
+    def _deepened(self, block: Block, budget: int | None, spare: float, floor: float) -> Block:
+        """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak.
+
+        Where time may be spent for memory, the lowest peak is sought as far as ``floor``, below which no body counts.
+        """
+        for _ in range(DEEPER):
+            after = block.after
+            if budget is not None and after.peak_bytes <= budget:
+                break
+            at = {name: index for index, name in enumerate(after.nodes)}
+            live = {loop: after.live_bytes[at[loop.name]] for loop in block.loops}
+            limit = NEAR_SHARE * after.peak_bytes if budget is None else budget
+            if budget is None and spare:
+                limit = max([SLACK * floor, *(live[loop] for loop in block.loops if loop.body is not None)])
+            deeper: dict[str, Loop] = {}
+            left = spare - block.added_flops
+            for loop in sorted(live, key=live.__getitem__, reverse=True):
+                held = sum(tensor.bytes for tensor in after.live_at(at[loop.name])) if spare else 0
+                if loop.body is not None or not live[loop] > limit > held:
+                    continue
+                found, saved = self._deeper(loop, live[loop] - limit, left)
+                if saved > 0:
+                    deeper[loop.name] = found
+                    left -= found.added_flops
+                if budget is None and spare:
+                    limit = max(limit, live[loop] - saved)
+            if not deeper:
+                break
+            block = _with_loops(block, deeper)
+        return block
+
+    def _deeper(self, loop: Loop, excess: float, spare: float) -> tuple[Loop, int]:
+        """A loop with its bodies streamed, to hold ``excess`` bytes less; and by how much that lowered their peak."""
+        bodies = {name: self._inside(body) for name, body in loop.module.graphs().items()}
+        highest = max(body.before.peak_bytes for body in bodies.values())
+        target, share = max(1, int(highest - excess)), max(0.0, spare) / len(loop.group.lengths)
+        blocks = {
+            name: body.streamed(target, share) for name, body in bodies.items() if body.before.peak_bytes > target
+        }
+        if not blocks:
+            return loop, 0
+        most = max(
+            blocks[name].after.peak_bytes if name in blocks else body.before.peak_bytes for name, body in bodies.items()
+        )
+        module = loop.module.with_bodies(
+            {name: blocks[name].graph_module if name in blocks else body.given for name, body in bodies.items()}
+        )
+        body = max(blocks.values(), key=lambda block: block.after.peak_bytes)
+        return replace(loop, module=module, body=body), highest - most
+
+
+def _with_loops(block: Block, others: Mapping[str, Loop]) -> Block:
+    """The block with other loops in place of those of the same names."""
+    graph_module = block.graph_module
+    modules = {name: loop.module for name, loop in others.items()}
+    made = rebuilt(graph_module, graph_module.graph, "Streamed", modules)
+    loops = tuple(others.get(loop.name, loop) for loop in block.loops)
+    return replace(block, graph_module=made, after=profile(made), loops=loops)
+
+
+def _held_above(block: Block, limit: float) -> set[int]:
+    """Large storages of a block's program, by index, that it holds where more than ``limit`` bytes are live."""
+    storages, least, held = block.program.liveness.storages, LARGE_SHARE * block.after.peak_bytes, set()
+    for start, end, live in block.intervals():
+        for index, storage in enumerate(storages) if live > limit else ():
+            born, dead = storage.birth, storage.death
+            across = born <= end and dead >= start and not start <= born <= dead <= end
+            if storage.bytes >= least and (across or start == end == born):
                 held.add(index)
     return held
-
-
-def _deepened(streamed: Streamed, budget: int | None, spare: float, floor: float) -> Streamed:
-    """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak.
-
-    Where time may be spent for memory, the lowest peak is sought as far as ``floor``, below which no body counts.
-    """
-    for _ in range(DEEPER):
-        after = streamed.after
-        if budget is not None and after.peak_bytes <= budget:
-            break
-        groups = {f"loop_{number}": group for number, group in enumerate(streamed.groups)}
-        live = {name: bytes for name, bytes in zip(after.nodes, after.live_bytes, strict=True) if name in groups}
-        held = {name: sum(t.bytes for t in after.live_at(after.nodes.index(name))) for name in live} if spare else {}
-        limit = NEAR_SHARE * after.peak_bytes if budget is None else budget
-        if budget is None and spare:
-            limit = max([SLACK * floor, *(live[name] for name in live if groups[name] in streamed.inner)])
-        lowered = False
-        for name in sorted(live, key=live.__getitem__, reverse=True):
-            if live[name] > limit > held.get(name, 0) and groups[name] not in streamed.inner:
-                left = spare - streamed.added_flops
-                saved = _stream_bodies(streamed, name, groups[name], live[name] - limit, left)
-                lowered |= saved > 0
-                if budget is None and spare:
-                    limit = max(limit, live[name] - saved)
-        if not lowered:
-            break
-        streamed = replace(streamed, after=profile(streamed.graph_module))
-    return streamed
-
-
-def _stream_bodies(streamed: Streamed, loop_name: str, group: Group, excess: float, spare: float) -> int:
-    """Stream the bodies of one loop, to hold ``excess`` bytes less; by how much that lowered the peak of them all."""
-    loop = streamed.graph_module.get_submodule(loop_name)
-    assert isinstance(loop, SlicedLoop)
-    graphs = loop.graphs()
-    peaks = {name: profile(body).peak_bytes for name, body in graphs.items()}
-    target = max(1, int(max(peaks.values()) - excess))
-    inner = {
-        each: _recomputed(body, target, max(0.0, spare) / len(group.lengths), most_outer=0)
-        for each, body in graphs.items()
-        if peaks[each] > target
-    }
-    most = max(inner[each].after.peak_bytes if each in inner else peak for each, peak in peaks.items())
-    saved = max(peaks.values()) - most
-    if saved > 0:
-        loop.bodies.update({name: found.graph_module for name, found in inner.items()})
-        streamed.inner[group] = max(inner.values(), key=lambda found: found.after.peak_bytes)
-    return saved
-
-
-def _stream(graph_module: fx.GraphModule, budget: int | None, spare: float, most_outer: int) -> Streamed:
-    """``_recomputed`` of a graph as it is: loops side by side, or one around nearly all of it and more inside.
-
-    The bodies of loops may be changed; those within an outer loop's body only where that has outer loops, too.
-    """
-    before = profile(graph_module)
-    if not before.peak_bytes or (budget is not None and before.peak_bytes <= budget):
-        return _unchanged(graph_module, before)
-    deep = most_outer > 0
-    least = LARGE_SHARE * before.peak_bytes
-    program = Program(split_reductions(split_norms(schedule(graph_module), least), least))
-    costs = _costs(program)
-    outer = _outer(program, before.peak_bytes, most_outer)
-    found = []
-    if budget is None and outer is not None:
-        found.append(_nested(program, outer, costs, None, spare, most_outer))
-        if found[0].after.peak_bytes <= GOOD_SHARE * before.peak_bytes:
-            return found[0]
-    candidates = _candidates(program, range(len(program)))
-    grouping = Grouping(program, [*candidates, *([outer] if outer else [])], costs)
-    if outer is None:
-        found.append(_flat(program, grouping, budget, spare, deep))
-    elif budget is None:
-        if grouping.lowest_bytes() < found[0].after.peak_bytes:
-            found.append(_flat(program, grouping, None, spare, deep))
-    else:
-        if grouping.lowest_bytes() <= budget:
-            found.append(_flat(program, grouping, budget, spare, deep))
-            if found[0].after.peak_bytes <= budget:
-                return found[0]
-        found.append(_nested(program, outer, costs, budget, spare, most_outer))
-    best = min(found, key=lambda streamed: streamed.after.peak_bytes)
-    return best if best.after.peak_bytes < before.peak_bytes else _unchanged(graph_module, before)
-
-
-def _unchanged(graph_module: fx.GraphModule, before: MemoryProfile) -> Streamed:
-    return Streamed(graph_module, (), Program(graph_module), before)
-
-
-def _costs(program: Program) -> CostModel:
-    value = next(t for node in program.liveness.schedule for t in tensors_of(node.meta["val"]))
-    return cost_model(value.device)
-
-
-def _outer(program: Program, peak_bytes: int, most: int) -> Candidate | None:
-    """The run through nearly all of the graph, from one of its first large values on, whose body holds least."""
-    large = (i for i in range(len(program)) if program.traffic[i][0] >= LARGE_SHARE * peak_bytes)
-    runs = find_runs(program, islice(large, FIRST_LARGE))
-    through = [run for run in runs if len(run.slices) >= OUTER_SHARE * len(program)]
-    runs = [run for run in through if run.extent <= most]
-    found = [candidate for run in runs if (candidate := whole(program, run)) is not None]
-    alone = [candidate for candidate in found if not candidate.run.windowed]  # all slices have one body
-    return min(alone, key=lambda candidate: candidate.peak_bytes(candidate.run.extent), default=None)
-
-
-def _candidates(program: Program, where: Iterable[int]) -> list[Candidate]:
-    """The candidates of the runs at those positions where memory is high."""
-    hot, live = HOT_SHARE * program.peak_bytes, program.live_bytes
-    runs = find_runs(program, [index for index in where if max(live[index : index + 2]) >= hot])
-    return list(find_candidates(program, runs))
-
-
-def _flat(
-    program: Program,
-    grouping: Grouping,
-    budget: int | None,
-    spare: float,
-    deep: bool,
-    slicer: Slicer | None = None,
-    inner: dict[Group, Streamed] | None = None,
-) -> Streamed:
-    """Loops side by side; where ``deep``, with bodies that are streamed where they make the peak."""
-    slicer = slicer or Slicer(program)
-    best = _chosen(program, grouping, budget, slicer, inner or {})
-    if not deep:
-        return best
-    best = _deepened(best, budget, spare, grouping.floor_bytes())
-    while spare and best.inner and (budget is None or best.after.peak_bytes > budget):
-        for group in best.inner:
-            for length, body_bytes in slicer.loop(group).body_bytes().items():
-                grouping.learn(group, length, body_bytes)
-        found = _chosen(program, grouping, budget, slicer, best.inner)
-        found = _deepened(found, budget, spare, grouping.floor_bytes())
-        if found.after.peak_bytes >= best.after.peak_bytes:
-            break
-        best = found
-    return best
-
-
-def _chosen(
-    program: Program, grouping: Grouping, budget: int | None, slicer: Slicer, inner: dict[Group, Streamed]
-) -> Streamed:
-    """Loops side by side, as they are; ``inner`` has the bodies that were streamed before."""
-    best: Streamed | None = None
-    for _ in range(ROUNDS):
-        lowest = grouping.lowest_bytes()
-        target = lowest * SLACK if budget is None else max(lowest, budget)
-        groups = grouping.choose(target) or []
-        for group in groups:
-            for length, body_bytes in slicer.loop(group).body_bytes().items():
-                grouping.learn(group, length, body_bytes)
-        rewritten = slicer.rewrite(groups)
-        known = {group: inner[group] for group in groups if group in inner}
-        found = Streamed(rewritten, tuple(groups), program, profile(rewritten), known)
-        if best is None or found.after.peak_bytes < best.after.peak_bytes:
-            best = found
-        if found.after.peak_bytes <= target:
-            break
-        if not grouping.hold_larger(groups):
-            for group in groups:
-                grouping.avoid_larger(group)
-    assert best is not None
-    return best
-
-
-def _nested(
-    program: Program,
-    outer: Candidate,
-    costs: CostModel,
-    budget: int | None,
-    spare: float,
-    most_outer: int,
-) -> Streamed:
-    """One loop around nearly all of the graph, its body streamed in turn, beside the loops that the rest needs."""
-    slicer = Slicer(program)
-    group = Group(outer, lengths_of(outer.run.extent, outer.run.extent))
-    bodies = slicer.loop(group).module.bodies
-    [(name, body)] = bodies.items()
-    assert isinstance(body, fx.GraphModule)
-    left = None if budget is None else max(budget - outer.fixed_bytes, 1)
-    inner = _recomputed(body, left, spare / outer.run.extent, most_outer // outer.run.extent)
-    bodies[name] = inner.graph_module
-    outside = [index for index in range(len(program)) if not outer.start <= index <= outer.end]
-    grouping = Grouping(program, _candidates(program, outside), costs)
-    grouping.fix(group, inner.after.peak_bytes)
-    return _flat(program, grouping, budget, spare, most_outer > 0, slicer, {group: inner})

@@ -11,9 +11,9 @@ from fxstream.tools.structure import ROOT, arrows, diagram, files
 
 FOLDERS = {
     "runtime": set(),
-    "passes/machine": {"runtime"},
+    "passes/machine": {"runtime", "passes/operators"},
     "passes/operators": {"runtime"},
-    "passes/graph": {"runtime", "passes/machine"},
+    "passes/graph": {"runtime", "passes/machine", "passes/operators"},
     "passes/planning": {"runtime", "passes/machine", "passes/operators", "passes/graph"},
     "passes/rewriting": {"runtime", "passes/machine", "passes/operators", "passes/graph", "passes/planning"},
     "passes": {f"passes/{name}" for name in ("machine", "operators", "graph", "planning", "rewriting")} | {"runtime"},

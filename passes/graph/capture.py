@@ -27,6 +27,7 @@ from torch._inductor import config as inductor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -436,11 +437,24 @@ def rebuilt(
     """A graph module of another graph, over the attributes of ``source`` and further modules; weights are shared."""
     names = {str(node.target) for node in source.graph.nodes if node.op in ("get_attr", "call_module")}
     attributes = {name: operator.attrgetter(name)(source) for name in names}
-    made = fx.GraphModule({**attributes, **(modules or {})}, graph, class_name=class_name)
+    made = graph_module_of(graph, {**attributes, **(modules or {})}, class_name)
     root = getattr(source, ROOT, None)
     if root is not None:
         share_weights(made, root)
     return made
+
+
+def graph_module_of(graph: fx.Graph, attributes: Mapping[str, Any], class_name: str) -> fx.GraphModule:
+    """A graph module whose Python is written when it is first read or run: most that passes make never are."""
+    return _LazyGraphModule(dict(attributes), graph, class_name=class_name)
+
+
+def written(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph module with its Python, and that of the graphs in it, written: what several threads may call."""
+    for module in graph_module.modules():
+        if isinstance(module, _LazyGraphModule):
+            module.real_recompile()
+    return graph_module
 
 
 def module_path(node: fx.Node) -> str:

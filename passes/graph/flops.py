@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from fxstream.passes.graph.propagate import arguments, fake_mode_of
 
@@ -23,19 +26,24 @@ FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 """What torch has no formula for under its name: the CPU's attention kernel, which counts as a GPU's does."""
 
 
+_KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, int]] = WeakKeyDictionary()
+"""Of each fake mode: calls, by what their FLOPs depend on -> FLOPs."""
+
+
 def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
     """Floating-point operations of each node of a captured graph: products, convolutions and attention.
 
     What torch has no formula for (norms, pointwise operators) counts as none, as in ``FlopCounterMode``.
     """
-    known: dict[Any, int] = {}
+    mode = fake_mode_of(graph_module.graph)
+    known = _KNOWN.setdefault(mode, {})
     counted = {}
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    with torch.no_grad(), fake_mode_of(graph_module.graph), counter:
+    with torch.no_grad(), mode, counter:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
-            if not isinstance(node.target, OpOverload) or torch.Tag.pointwise in node.target.tags:
+            if not _may_count(node.target):
                 counted[node] = 0
                 continue
             key = _key(node)
@@ -46,6 +54,15 @@ def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
                 known[key] = counter.get_total_flops() - before
             counted[node] = known[key]
     return counted
+
+
+@cache
+def _may_count(target: Any) -> bool:
+    """Whether torch has a formula for an operator, or it may be made of operators that have one."""
+    if not isinstance(target, OpOverload):
+        return True
+    made_of = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return made_of or target.overloadpacket in flop_registry or target.overloadpacket in FORMULAS
 
 
 def _key(node: fx.Node) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -120,6 +121,8 @@ class Liveness:
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors in a node's value: one, several, or none."""
+    if isinstance(value, torch.Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
@@ -177,7 +180,26 @@ def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
         return 0 if _is_drawn_anew(node) else workspace_bytes(node)
     loop = graph_module.get_submodule(str(node.target))
     assert isinstance(loop, SlicedLoop)
-    return max(max(analyze(body).live_bytes(), default=0) for body in loop.graphs().values())
+    return max(map(body_bytes, loop.graphs().values()))
+
+
+_BODIES: WeakKeyDictionary[fx.GraphModule, int] = WeakKeyDictionary()
+
+
+def body_bytes(body: fx.GraphModule) -> int:
+    """The most that is live inside a loop's body, which nobody changes: analysed once."""
+    if body not in _BODIES:
+        _BODIES[body] = max(analyze(body).live_bytes(), default=0)
+    return _BODIES[body]
+
+
+def bodies_bytes(loop: SlicedLoop) -> dict[int, int]:
+    """Length of a slice -> the most that is live inside a body of it, over the loop's inputs and outputs."""
+    peaks = {name: body_bytes(body) for name, body in loop.graphs().items()}
+    most: dict[int, int] = {}
+    for step in loop.steps:
+        most[step.length] = max(most.get(step.length, 0), peaks[step.body])
+    return most
 
 
 def _is_drawn_anew(node: fx.Node) -> bool:

@@ -36,7 +36,7 @@ LIKE = {
 """Draws of which a tensor tells the shape, and what draws the same of a shape."""
 
 SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
-STORAGE_COPIES = {*SCATTERS, aten.diagonal_scatter.default}
+STORAGE_COPIES = {*SCATTERS, aten.diagonal_scatter.default, aten.copy.default}
 """Operators that copy the whole storage that their first argument lies in."""
 
 UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}

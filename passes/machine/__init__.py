@@ -1,1 +1,1 @@
-"""What a device's kernels allocate for themselves, and what time costs there. Imports the runtime alone."""
+"""What a device's kernels allocate for themselves, and what time costs there. Imports the runtime and operators/."""

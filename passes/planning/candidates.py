@@ -365,16 +365,23 @@ class _Sweep:
         """Those storages that slices read no further than what they store, be it at a border or between."""
         body = [index for index in range(self.start, end + 1) if index in self.run.slices]
         extent, middle = self.run.extent, self.run.extent // 2
+        if not all(_keeps_step(self.run.slices[index].extent, extent) for index in self.outputs):
+            return {}
         for start in {0, *range(middle, min(middle + BETWEEN, extent)), extent - 1}:
             part = (start, start + 1)
             ranges = infer_ranges(self.program, self.run, body, list(self.outputs), part)
             for (node, piece), span in ranges.read.items():
-                if piece is None or span != stored_part(piece, extent, part):
+                if piece is None or not _keeps_step(piece.extent, extent) or span != stored_part(piece, extent, part):
                     for storage in self.program.liveness.of.get(node, ()):
                         free.pop(storage, None)
             if not free:
                 break
         return free
+
+
+def _keeps_step(extent: int, other: int) -> bool:
+    """Whether the steps of two extents go along each other in the same way everywhere, so that a few show all."""
+    return extent % other == 0 or other % extent == 0
 
 
 def _contiguous_bytes(value: torch.Tensor, piece: Slice) -> int:

@@ -2,19 +2,16 @@
 
 The schedule is divided into segments: single nodes, and groups (an interval of a run, looped over slices). What is
 live across a segment does not depend on how the others are run, so the peak of each can be told alone and the best
-division is a shortest path through the schedule, one edge a segment, where edges above the budget are left out. The
-lowest reachable budget is the path whose highest edge is lowest.
+division is a shortest path along the schedule, found from its beginning on, without the segments above the budget. The
+lowest reachable budget is the path whose highest segment is lowest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
-from typing import NamedTuple
-
-import networkx as nx
+from math import ceil, inf
 
 from fxstream.passes.machine.cost import CostModel
 from fxstream.passes.planning.candidates import Candidate
@@ -26,14 +23,6 @@ SLICE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 
 LOOP_LAUNCHES = 4
 """What a slice costs beside its kernels (windows, stores, the call), in launches."""
-
-
-class Option(NamedTuple):
-    """A candidate with slices of ``lengths``: estimated time and peak."""
-
-    seconds: float
-    lengths: tuple[int, ...]
-    peak_bytes: float
 
 
 @dataclass(frozen=True)
@@ -84,16 +73,16 @@ class Grouping:
         self.program, self.costs = program, costs
         self._single = [self._price_whole(*self._traffic(index)) for index in range(len(program))]
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
-        self._options: dict[Candidate, list[Option]] = {}
-        self._fixed: set[Group] = set()
+        self._peaks: dict[Candidate, list[tuple[int, float]]] = {}
+        self._seconds: dict[tuple[Candidate, int], float] = {}
+        self._fixed: dict[Candidate, Group] = {}
         self._beyond: list[int] = []
         for candidate in candidates:
             self._by_end[candidate.end].append(candidate)
-            self._weigh(candidate)
 
     def lowest_bytes(self) -> float:
         """The lowest budget for which ``choose`` finds groups."""
-        return self._lowest(lambda candidate: min(option.peak_bytes for option in self._options[candidate]))
+        return self._lowest(lambda candidate: min(peak for _, peak in self._options(candidate)))
 
     def floor_bytes(self) -> float:
         """The lowest budget that there would be if the inside of loops took nothing."""
@@ -111,32 +100,42 @@ class Grouping:
         return best[-1]
 
     def choose(self, budget: float) -> list[Group] | None:
-        """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none."""
-        paths = nx.DiGraph()
+        """The groups of least estimated time whose peaks are within ``budget`` bytes; None where there are none.
+
+        ``times[end]`` is the least time to come to a position of the schedule, ``last[end]`` the loop that ends there
+        then, if it is one and no single node.
+        """
+        times: list[float] = [0.0]
+        last: list[tuple[Candidate, int] | None] = [None]
         for end, live in enumerate(self.program.live_bytes):
-            segments: dict[int, tuple[float, Group | None]] = {}
-            if live + self._held(end, end) <= budget:
-                segments[end] = (self._single[end], None)
+            fits = live + self._held(end, end) <= budget
+            time, loop = times[end] + self._single[end] if fits else inf, None
             for candidate in self._by_end[end]:
-                left = budget - self._held(candidate.start, end)
-                option = next((o for o in self._options[candidate] if o.peak_bytes <= left), None)
-                known = segments.get(candidate.start)
-                if option is not None and (known is None or option.seconds < known[0]):
-                    segments[candidate.start] = (option.seconds, Group(candidate, option.lengths))
-            for start, (seconds, group) in segments.items():
-                paths.add_edge(start, end + 1, seconds=seconds, group=group)
-        try:
-            path = nx.shortest_path(paths, 0, len(self.program), weight="seconds")
-        except (nx.NetworkXNoPath, nx.NodeNotFound):
-            return None
-        chosen = (paths.edges[edge]["group"] for edge in pairwise(path))
-        return [group for group in chosen if group is not None]
+                before = times[candidate.start]
+                if before < time:
+                    left = budget - self._held(candidate.start, end)
+                    seconds, slices = self._fastest(candidate, left, time - before)
+                    if slices:
+                        time, loop = before + seconds, (candidate, slices)
+            times.append(time)
+            last.append(loop)
+        return None if times[-1] == inf else self._groups(last)
+
+    def _groups(self, last: Sequence[tuple[Candidate, int] | None]) -> list[Group]:
+        """The loops on the way back from the end."""
+        groups, end = [], len(last) - 1
+        while end:
+            loop = last[end]
+            end = end - 1 if loop is None else loop[0].start
+            if loop is not None:
+                groups.append(Group(loop[0], self._lengths(*loop)))
+        return groups[::-1]
 
     def learn(self, group: Group, length: int, body_bytes: int) -> None:
         """Take in the exact peak of a body of ``length`` steps."""
-        if group not in self._fixed:
+        if group.candidate not in self._fixed:
             group.candidate.measured[length] = body_bytes
-            self._weigh(group.candidate)
+            self._forget(group.candidate)
 
     def hold_larger(self, groups: Iterable[Group]) -> bool:
         """Count what these groups' outputs hold beyond their size, in larger inputs; False where that is counted."""
@@ -155,37 +154,61 @@ class Grouping:
 
     def _held(self, start: int, end: int) -> int:
         """Bytes that outputs of groups hold beyond their size at one of these positions."""
-        return max(self._beyond[start : end + 1], default=0)
+        return max(self._beyond[start : end + 1], default=0) if self._beyond else 0
 
     def avoid_larger(self, group: Group) -> None:
         """Let a group write over no input that is larger than its output: what the input holds more lives on."""
-        candidate = None if group in self._fixed else group.candidate.without_larger(self.program)
+        candidate = None if group.candidate in self._fixed else group.candidate.without_larger(self.program)
         if candidate is not None:
             at = self._by_end[candidate.end]
             at[at.index(group.candidate)] = candidate
-            self._weigh(candidate)
 
     def fix(self, group: Group, body_bytes: int) -> None:
         """Add a candidate that may be used just as the group does, its bodies' peak known."""
-        candidate, slices = group.candidate, len(group.lengths)
-        self._fixed.add(group)
+        candidate = group.candidate
+        self._fixed[candidate] = group
         self._by_end[candidate.end].append(candidate)
-        peak = candidate.fixed_bytes + body_bytes
-        self._options[candidate] = [Option(self._price(candidate, slices), group.lengths, peak)]
+        self._peaks[candidate] = [(len(group.lengths), candidate.fixed_bytes + body_bytes)]
 
-    def _weigh(self, candidate: Candidate) -> None:
-        worth = max(self.costs.most_slices, int(candidate.traffic) // self.costs.least_traffic)
-        most = min(candidate.run.steps, worth)
-        counts = (*(count for count in SLICE_COUNTS if count < most), most)
-        run = candidate.run
-        stored = {run.slices[index].extent for index in candidate.outputs}
-        options = [
-            Option(self._price(candidate, n), lengths_of(run.extent, n, stored), candidate.peak_bytes(n))
-            for n in counts
-        ]
-        self._options[candidate] = sorted(options)
+    def _options(self, candidate: Candidate) -> list[tuple[int, float]]:
+        """Slice counts worth a look, fewest first, each with the peak that it makes."""
+        if candidate not in self._peaks:
+            worth = max(self.costs.most_slices, int(candidate.traffic) // self.costs.least_traffic)
+            most = min(candidate.run.steps, worth)
+            counts = (*(count for count in SLICE_COUNTS if count < most), most)
+            self._peaks[candidate] = [(count, candidate.peak_bytes(count)) for count in counts]
+        return self._peaks[candidate]
+
+    def _forget(self, candidate: Candidate) -> None:
+        for slices, _ in self._peaks.pop(candidate, ()):
+            self._seconds.pop((candidate, slices), None)
+
+    def _fastest(self, candidate: Candidate, left: float, limit: float) -> tuple[float, int]:
+        """The least time within ``left`` bytes and its slice count, the most on a tie; none if not below ``limit``."""
+        best = limit, 0
+        for slices, peak in self._options(candidate):
+            if slices * (candidate.launches + LOOP_LAUNCHES) * self.costs.launch > best[0]:
+                break  # more slices take more launches still
+            if peak <= left:
+                seconds = self._price(candidate, slices)
+                if seconds < best[0] or (best[1] and seconds == best[0]):
+                    best = seconds, slices
+        return best
+
+    def _lengths(self, candidate: Candidate, slices: int) -> tuple[int, ...]:
+        if candidate in self._fixed:
+            return self._fixed[candidate].lengths
+        stored = {candidate.run.slices[index].extent for index in candidate.outputs}
+        return lengths_of(candidate.run.extent, slices, stored)
 
     def _price(self, candidate: Candidate, slices: int) -> float:
+        key = candidate, slices
+        if key not in self._seconds:
+            self._seconds[key] = self._estimate(candidate, slices)
+        return self._seconds[key]
+
+    def _estimate(self, candidate: Candidate, slices: int) -> float:
+        """Seconds that a loop takes."""
         rate, launch = self.costs.rate, self.costs.launch
         working_set = candidate.body_bytes(ceil(candidate.run.extent / slices))
         whole = candidate.whole_traffic * slices * rate(candidate.whole_traffic)

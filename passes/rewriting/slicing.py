@@ -8,7 +8,7 @@ Views that outlive the loop are taken again of the whole outputs, after it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxstream.passes.graph.capture import rebuilt
+from fxstream.passes.graph.capture import graph_module_of, rebuilt
 from fxstream.passes.graph.effects import stays
-from fxstream.passes.graph.liveness import analyze
 from fxstream.passes.graph.normalize import copies_more
 from fxstream.passes.graph.propagate import evaluate, has_view
 from fxstream.passes.operators.axes import Span, with_arguments
@@ -33,6 +32,11 @@ aten = torch.ops.aten
 
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 """Matrix products, which run as many small ones where their rows do not lie together: they read packed windows."""
+
+
+def loop_name(number: int) -> str:
+    """The name of a graph's loop node, counted along the schedule."""
+    return f"loop_{number}"
 
 
 class Slicer:
@@ -49,10 +53,11 @@ class Slicer:
             self._loops[key] = _loop(self.program, group)
         return self._loops[key]
 
-    def rewrite(self, groups: Sequence[Group]) -> fx.GraphModule:
+    def rewrite(self, groups: Sequence[Group], others: Mapping[Group, SlicedLoop] | None = None) -> fx.GraphModule:
         """A new graph module that computes what the program's does, with a loop in place of each group.
 
-        The program's graph is left as it is; weights are shared.
+        ``others`` are loops to put in place of those that were built. The program's graph is left as it is; weights are
+        shared.
         """
         source = self.program.graph_module
         graph = fx.Graph()
@@ -67,8 +72,8 @@ class Slicer:
                 continue
             if index in by_start and node in self.program.position:
                 group = by_start[index]
-                name = f"loop_{len(modules)}"
-                modules[name] = self.loop(group).module
+                name = loop_name(len(modules))
+                modules[name] = (others or {}).get(group, self.loop(group).module)
                 self._emit(self.loop(group), name, graph, env, moved)
                 done = group.end
             else:
@@ -115,14 +120,6 @@ class Loop:
     module: SlicedLoop
     inputs: tuple[LoopInput, ...]
     outputs: tuple[fx.Node, ...]
-
-    def body_bytes(self) -> dict[int, int]:
-        """Length -> peak bytes inside a body of it, over the loop's inputs and outputs."""
-        peaks = {name: max(analyze(body).live_bytes(), default=0) for name, body in self.module.graphs().items()}
-        most: dict[int, int] = {}
-        for step in self.module.steps:
-            most[step.length] = max(most.get(step.length, 0), peaks[step.body])
-        return most
 
 
 def _loop(program: Program, group: Group) -> Loop:
@@ -257,7 +254,7 @@ class _Body:
                 results.append(_narrowed(graph, result, piece, low - ranges.wanted[index][0], high - low))
         graph.output(tuple(results))
         graph.eliminate_dead_code(stays)
-        module = fx.GraphModule({}, graph, class_name="Body")
+        module = graph_module_of(graph, {}, "Body")
         fuse_norms(module)
         return module
 

@@ -1,6 +1,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -120,3 +121,10 @@ def test_refused_before_anything_else():
 )
 def test_bytes_for_people(size, text):
     assert format_bytes(size) == text
+
+
+def test_numbers_of_numpy():
+    assert Budget.parse(np.int64(6 * GIB)) == Budget.parse(6 * GIB)
+    assert Budget.parse(np.float32(0.5)) == Budget.parse(0.5)
+    with pytest.raises(ValueError, match="can't be read"):
+        Budget.parse(np.bool_(True))

@@ -28,6 +28,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], list[tuple[int,
     "no padding at all": (lambda m, x: m.conv(x * 2).relu(), {"conv": nn.Conv2d(4, 4, 6)}, [(1, 4, 40, 40)]),
     "two outputs, one shorter": (lambda m, x: (x * 2 + 1, m.conv(x * 2)), {"conv": nn.Conv1d(4, 4, 4)}, [(1, 4, 256)]),
     "a window of most of an axis": (lambda m, x: (x * 2)[:, :, 3:-2] + 1, {}, [(1, 4, 256)]),
+    "a padded copy beside what is written over": (
+        lambda m, x: ((y := (x[:, 0] + x[:, 1]) * 2).cos(), F.pad(y.exp(), [-1, 2, 1, 1, -1, 0])),
+        {},
+        [(2, 16, 20, 30)],
+    ),
     "strided, not to the end": (lambda m, x: m.conv(x * 2) + 1, {"conv": nn.Conv1d(4, 8, 4, stride=3)}, [(1, 4, 250)]),
     # operators of several results, of which a run picks some, late, or none
     "the largest of a product": (lambda m, x: (x @ x.transpose(1, 2)).max(-1)[0], {}, [(2, 128, 16)]),
@@ -133,6 +138,11 @@ def window_written(m: Any, x: Tensor) -> Tensor:
 MEASURED: dict[str, tuple[Callable[..., Any], list[Tensor], str | float]] = {
     "rows are written": (rows_written, [torch.randn(32, 2048)], "min"),
     "a window is written": (window_written, [torch.randn(2, 11, 15, 15, 4)], 0.85),
+    "all of a value is written": (
+        lambda m, x: (h := x.exp(), h.copy_(h * 0.5), torch.hypot(h, h + 1))[-1],
+        [torch.randn(4, 16, 12, 15)],
+        0.6,
+    ),
     "strides of dimensions of size one": (
         lambda m, x, y: (x + 1).permute(0, 2, 3, 1).reshape(34, 14, 32) + y,
         [torch.randn(34, 14, 1, 32).permute(2, 3, 0, 1), torch.randn(34, 14, 32)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,9 +28,25 @@ def grouping_of(names, seed=0):
     return Grouping(program, find_candidates(program, runs), CPU)
 
 
+class Option(NamedTuple):
+    """A candidate in slices of some lengths, as it is estimated."""
+
+    seconds: float
+    lengths: tuple[int, ...]
+    peak_bytes: float
+
+
+def options(grouping, candidate):
+    """All that a candidate may be used as."""
+    return [
+        Option(grouping._price(candidate, slices), grouping._lengths(candidate, slices), peak)
+        for slices, peak in grouping._options(candidate)
+    ]
+
+
 def option_of(grouping, group):
     """What a group is estimated to take."""
-    return next(option for option in grouping._options[group.candidate] if option.lengths == group.lengths)
+    return next(option for option in options(grouping, group.candidate) if option.lengths == group.lengths)
 
 
 def outside(groups, values):
@@ -89,9 +106,9 @@ def test_the_choice_is_the_fastest_of_all_divisions():
         if start not in known:
             times = [grouping._single[start] + fastest(start + 1, budget, known)] if live[start] <= budget else []
             for candidate in (candidate for ends in grouping._by_end for candidate in ends):
-                options = [o.seconds for o in grouping._options[candidate] if o.peak_bytes <= budget]
-                if candidate.start == start and options:
-                    times.append(min(options) + fastest(candidate.end + 1, budget, known))
+                found = [o.seconds for o in options(grouping, candidate) if o.peak_bytes <= budget]
+                if candidate.start == start and found:
+                    times.append(min(found) + fastest(candidate.end + 1, budget, known))
             known[start] = min(times, default=float("inf"))
         return known[start]
 
