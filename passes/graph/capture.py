@@ -35,7 +35,7 @@ from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import ROOT, Captured, Inputs, input_name
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.composites import open_composites, write_in_place
-from fxstream.passes.graph.effects import memories, written
+from fxstream.passes.graph.effects import memories, written_by
 from fxstream.passes.graph.generators import DrawError, Generators, States, kept_generators, moves_watched
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
@@ -248,7 +248,7 @@ def _written(graph: fx.Graph) -> tuple[str, ...]:
     """Names of the inputs and weights that a captured graph writes to."""
     names = {node: input_name(index) for index, node in enumerate(graph.find_nodes(op="placeholder"))}
     names |= {node: str(node.target).removeprefix(f"{ROOT}.") for node in graph.find_nodes(op="get_attr")}
-    return tuple(names[node] for write in graph.nodes for node in written(write) if node in names)
+    return tuple(names[node] for write in graph.nodes for node in written_by(write) if node in names)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2_de
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxstream.passes.graph.effects import memories, written
+from fxstream.passes.graph.effects import memories, written_by
 from fxstream.passes.graph.propagate import fake_mode_of
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
 def open_composites(graph_module: fx.GraphModule) -> None:
     """Replace what has to be of a traced graph that is not functional yet, in place."""
     graph = graph_module.graph
-    changed = {key for node in graph.nodes for read in written(node) for key in memories(read.meta["val"])}
+    changed = {key for node in graph.nodes for read in written_by(node) for key in memories(read.meta["val"])}
     for node in list(graph.nodes):
         if isinstance(node.target, OpOverload) and _has_to(node, node.target, changed):
             inline(node, node.target)

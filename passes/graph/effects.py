@@ -38,7 +38,7 @@ def target_draws(target: OpOverload, args: Any, kwargs: Any) -> bool:
     return not nothing and not any(given.get(name) is False for name in TRAINING)
 
 
-def written(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors a node writes to."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return []

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxstream.passes.graph.effects import stays, writes, written
+from fxstream.passes.graph.effects import stays, writes, written_by
 from fxstream.passes.graph.liveness import storages_of
 from fxstream.passes.graph.propagate import propagate
 
@@ -146,7 +146,7 @@ def _returned(graph: fx.Graph) -> set[int]:
 
 def _changed(graph: fx.Graph) -> set[int]:
     """Storages that the graph writes to."""
-    return {key for node in graph.nodes for read in written(node) for key, _ in storages_of(read.meta["val"])}
+    return {key for node in graph.nodes for read in written_by(node) for key, _ in storages_of(read.meta["val"])}
 
 
 def _must_be_another(node: fx.Node, returned: set[int], changed: set[int]) -> bool:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fxstream
 from fxstream.passes.graph.capture import capture
-from fxstream.passes.graph.effects import draws, first_write, has_effect, stays, writes, written
+from fxstream.passes.graph.effects import draws, first_write, has_effect, stays, writes, written_by
 from fxstream.passes.graph.normalize import normalize
 from fxstream.tools.bench import relative_l2
 
@@ -135,9 +135,9 @@ def graph_of(function):
 def test_what_draws_and_what_writes_is_told_by_its_operator():
     graph = graph_of(lambda x: (torch.randn_like(x), x.add_(1))[1] * 2)
     [draw], [write] = graph.find_nodes(op="call_function", target=aten.randn.default), list(filter(writes, graph.nodes))
-    assert draws(draw) and not writes(draw) and has_effect(draw) and stays(draw) and not written(draw)
+    assert draws(draw) and not writes(draw) and has_effect(draw) and stays(draw) and not written_by(draw)
     assert write.target is aten.copy_.default and not draws(write)
-    assert [node.op for node in written(write)] == ["placeholder"]
+    assert [node.op for node in written_by(write)] == ["placeholder"]
     assert first_write(graph.nodes) == list(graph.nodes).index(write)
 
 
