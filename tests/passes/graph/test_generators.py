@@ -116,13 +116,15 @@ def test_what_a_graph_can_not_do_is_refused_at_its_line(name):
     assert model.kept.initial_seed() == 0
 
 
-def test_drawing_elsewhere_meanwhile_is_not_the_models():
+def test_drawing_elsewhere_meanwhile_is_not_the_models(tmp_path):
     """As another thread may: seen at first, and not again."""
-    drawn = []
+    marker = tmp_path / "drawn"
 
     def forward(m, x, given):
-        if not drawn:
-            drawn.append(random.random())
+        if not marker.exists():
+            marker.touch()
+            random.random()
         return x * 2
 
     assert torch.equal(fxstream.optimize(Model(forward), "min", (X,))(X), X * 2)
+    assert marker.exists()
