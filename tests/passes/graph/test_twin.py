@@ -46,14 +46,13 @@ def test_a_capture_leaves_the_model_alone():
     model, x = Model(), torch.randn(2, 3)
     del model.lists["itself"]
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    seen = []
 
     def look(module, args):
-        seen.append({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert module is not model and found.keys() == weights.keys()
+        assert all(found[name] is weights[name] for name in found)
 
     model.register_forward_pre_hook(look)
     captured = capture(model, (x,))
     assert not hasattr(model, "last") and model.kept.sum() == 3
-    assert seen and all(found.keys() == weights.keys() for found in seen)
-    assert all(found[name] is weights[name] for found in seen for name in weights)
     assert torch.equal(captured.graph_module(x)[0], model.inner(x) * 2)
