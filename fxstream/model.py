@@ -11,7 +11,7 @@ from fxstream.budget import Budget, Resident
 from fxstream.compile.regions import Region
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.call import Inputs
-from fxstream.passes.graph.snapshot import Place
+from fxstream.passes.graph.places import Place
 from fxstream.planned import Compiled, compile_call
 from fxstream.rehash.rehash import rehash_module
 from fxstream.rehash.settings import StepRehash

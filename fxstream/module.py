@@ -14,7 +14,9 @@ from fxstream.compile.regions import Region
 from fxstream.errors import GradientError
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.capture import owner, roots_of_call
-from fxstream.passes.graph.snapshot import TARGET, Place, Snapshot, environment, value_at
+from fxstream.passes.graph.parts import TARGET
+from fxstream.passes.graph.places import Place, value_at
+from fxstream.passes.graph.snapshot import Snapshot, environment
 from fxstream.passes.graph.state import State
 from fxstream.passes.graph.turns import turn
 from fxstream.runtime.autocast import without_autocast

@@ -14,7 +14,7 @@ from fxstream.module import StreamedModule
 from fxstream.passes.graph.capture import capture, owner
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.normalize import normalize
-from fxstream.passes.graph.snapshot import Place
+from fxstream.passes.graph.places import Place
 from fxstream.passes.rewriting.split import returning
 from fxstream.rehash.calibration import Calibration, fingerprint
 from fxstream.rehash.rehash import Generation

@@ -24,7 +24,7 @@ from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import profile
 from fxstream.passes.graph.normalize import normalize
-from fxstream.passes.graph.snapshot import Place
+from fxstream.passes.graph.places import Place
 from fxstream.planned import compiled_by, fit_graph
 from fxstream.rehash.settings import StepRehash
 from fxstream.rehash.steps import Planned, RehashPlan, StepGraphs, places

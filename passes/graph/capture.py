@@ -39,9 +39,11 @@ from fxstream.passes.graph.effects import memories, written_by
 from fxstream.passes.graph.generators import DrawError, Generators, States, kept_generators, moves_watched
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
+from fxstream.passes.graph.parts import TARGET
+from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.propagate import propagate_layouts
 from fxstream.passes.graph.settle import settled
-from fxstream.passes.graph.snapshot import TARGET, Place, Snapshot, global_hooks, roots_of, value_at
+from fxstream.passes.graph.snapshot import Snapshot, global_hooks, roots_of
 from fxstream.passes.graph.state import Assumed, Effect, State, assume, taken_apart
 from fxstream.passes.graph.structure import TENSOR
 from fxstream.passes.graph.turns import tracing_apart, turn

@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import Captured
 from fxstream.passes.graph.known import WRITTEN
-from fxstream.passes.graph.snapshot import ABSENT, Place, Snapshot, describe, owner_of, value_at
+from fxstream.passes.graph.parts import ABSENT
+from fxstream.passes.graph.places import Place, describe, owner_of, value_at
+from fxstream.passes.graph.snapshot import Snapshot
 from fxstream.passes.graph.state import Assumed, Effect, layout_of
 from fxstream.passes.graph.structure import Flattened, flatten, unflatten
 from fxstream.passes.graph.watching import watching

@@ -7,13 +7,10 @@ The look at every call (``holds``), the key by which plans are told apart (``key
 
 from __future__ import annotations
 
-import enum
-import functools
-import sys
 import types
-from array import array
-from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -23,46 +20,35 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxstream.passes.graph.parts import (
+    ABSENT,
+    ATOMS,
+    BOOKKEEPING,
+    BYTES,
+    CACHED,
+    HOOKS,
+    MISSES,
+    POSITION,
+    Step,
+    attributes_of,
+    bare,
+    in_cell,
+    is_array,
+    is_ours,
+    is_plain,
+    names_in,
+    parts_of,
+    restore,
+    set_part,
+)
+from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.structure import flatten, slots
 from fxstream.runtime.autocast import autocast_devices
-
-Step = tuple[str, Any]
-"""One step from a value to a part of it: how, and by what name."""
-
-Place = tuple[Step, ...]
-"""Where a value is: a root, by its name, and the steps from there."""
-
-TARGET = "_streamed_target"
-"""Name under which a streamed module holds what it was made of."""
 
 _GLOBAL_HOOKS = (
     *("_global_forward_pre_hooks", "_global_forward_hooks"),
     *("_global_forward_hooks_with_kwargs", "_global_forward_hooks_always_called"),
 )
-_HOOKS = (
-    *("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
-_WEIGHTS = ("_parameters", "_buffers")
-_BOOKKEEPING = {*vars(nn.Module())} - {"training", "_modules", *_WEIGHTS, *_HOOKS}
-"""What torch keeps in every module, and no forward reads."""
-
-_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, range, slice}
-_LIBRARY = {*sys.stdlib_module_names, "torch", "numpy", "fxstream"}
-_OPENED = (types.SimpleNamespace, UserDict, UserList, ChainMap)
-"""Classes of the standard library whose objects are plain."""
-
-_CACHED: Any = type(functools.cache(lambda: None))
-_WRAPPERS = (staticmethod, classmethod, property, functools.cached_property)
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-ABSENT = _Absent()
-"""Stands for the value of what is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +100,18 @@ class Snapshot:
                 self.tensors[id(value)] = value
                 continue
             if place[-1][0] == "method":
-                if not (self.code and _is_ours(getattr(_bare(value), "__module__", None))):
+                if not (self.code and is_ours(getattr(bare(value), "__module__", None))):
                     continue
                 if place[-1][1] not in named:  # no code that was reached calls anything by this name
                     unnamed[place[-1][1]].append((place, value))
                     continue
-            if id(value) in self.nodes or (parts := _parts(value, self.code)) is None:
+            if id(value) in self.nodes or (parts := parts_of(value, self.code)) is None:
                 continue
             self.nodes[id(value)] = _Node(value, place, parts)
-            found = [((*place, step), part) for step, part in parts.items() if type(part) not in _ATOMS]
+            found = [((*place, step), part) for step, part in parts.items() if type(part) not in ATOMS]
             waiting.extend(reversed(found))
             if self.code and isinstance(value, types.FunctionType):
-                for name in {*_names_in(value.__code__)} - named:
+                for name in {*names_in(value.__code__)} - named:
                     named.add(name)
                     waiting.extend(unnamed.pop(name, ()))
 
@@ -135,15 +121,15 @@ class Snapshot:
         modules = [value for value in values if isinstance(value, nn.Module)]
         self._modules = [(_getter(module), vars(module)) for module in modules]
         plain = [value for value in values if not isinstance(value, (nn.Module, type))]
-        objects = [value for value in plain if _is_plain(type(value))]
-        containers = [*filter(_is_container, plain), *map(_attributes, objects)]
+        objects = [value for value in plain if is_plain(type(value))]
+        containers = [*filter(_is_container, plain), *map(attributes_of, objects)]
         self._empty = [value for value in containers if not len(value)]
         self._dicts = [value for value in containers if len(value) and isinstance(value, dict)]
         self._sequences = [value for value in containers if len(value) and not isinstance(value, dict)]
         self._classes = [vars(value) for value in values if isinstance(value, type)]
         self._functions = [value for value in plain if isinstance(value, types.FunctionType)]
         self._slotted = [value for value in objects if slots(type(value))]
-        self._arrays = [value for value in values if _is_array(value)]
+        self._arrays = [value for value in values if is_array(value)]
         self._typed = [*modules, *objects]
         self._sized: list[Any] = [*self._dicts, *self._sequences, *self._classes, *map(vars, modules)]
         self._constants = [tensor for key, tensor in self.tensors.items() if key not in self.weights]
@@ -208,7 +194,7 @@ class Snapshot:
             later = now.nodes.get(key)
             if (
                 later is None
-                or isinstance(node.value, _CACHED)
+                or isinstance(node.value, CACHED)
                 or any(node.place[:length] in found for length in range(1, len(node.place) + 1))
             ):
                 continue
@@ -244,19 +230,19 @@ class Snapshot:
     def rewind(self) -> None:
         """Give all that was reached the parts that it had. What is as it was is left alone."""
         for node in self.nodes.values():
-            now = _parts(node.value, self.code)
-            if isinstance(node.value, _CACHED):
-                if now is not None and node.parts[_MISSES] != now[_MISSES]:
+            now = parts_of(node.value, self.code)
+            if isinstance(node.value, CACHED):
+                if now is not None and node.parts[MISSES] != now[MISSES]:
                     node.value.cache_clear()  # what was kept there is of the capture
             elif POSITION in node.parts:
                 continue
-            elif _is_array(node.value):
+            elif is_array(node.value):
                 if now != node.parts:
-                    _set(node.value, _BYTES, node.parts[_BYTES])
+                    set_part(node.value, BYTES, node.parts[BYTES])
             elif now is not None and not (
                 now.keys() == node.parts.keys() and all(map(is_, now.values(), node.parts.values()))
             ):
-                _restore(node.value, node.parts, now)
+                restore(node.value, node.parts, now)
 
 
 class _Key:
@@ -313,13 +299,9 @@ class _Key:
         return bool(self.live) and any(place[:length] in self.live for length in range(1, len(place) + 1))
 
 
-_HANDLED = (*_HOOKS, *_GLOBAL_HOOKS)
-POSITION: Step = ("position", None)
-"""The step to where an iterator is, which nothing can set."""
+_HANDLED = (*HOOKS, *_GLOBAL_HOOKS)
 
-_BYTES: Step = ("bytes", None)
-_MISSES: Step = ("misses", None)
-_IMMUTABLE, _HEAP = 1 << 8, 1 << 9  # of a type's flags
+
 _LAYOUT = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
@@ -328,9 +310,9 @@ def key_of(value: Any) -> Any:
 
     Raises ``TypeError`` for one that can be changed and does not tell what is in it.
     """
-    if type(value) in _ATOMS:
+    if type(value) in ATOMS:
         return _atom(value)
-    if _parts(value, False) is None and type(value).__hash__ is None:
+    if parts_of(value, False) is None and type(value).__hash__ is None:
         raise TypeError(type(value).__name__)
     return Snapshot({"value": value}).key()
 
@@ -353,57 +335,6 @@ def environment() -> Any:
     return torch.get_default_dtype(), torch.get_default_device(), casts, torch.get_num_threads(), deterministic
 
 
-def value_at(place: Place, roots: Mapping[str, Any]) -> Any:
-    """What is at a place now, ``ABSENT`` where nothing is."""
-    (_, name), *steps = place
-    value = roots.get(name, ABSENT)
-    for step in steps:
-        parts = _parts(value, True)
-        value = ABSENT if parts is None else parts.get(step, ABSENT)
-    return value
-
-
-def put(place: Place, roots: Mapping[str, Any], value: Any, more: bool = False) -> None:
-    """Set what is at a place; with ``more`` its list goes on by these values. ``ABSENT`` takes it away."""
-    owner, (kind, name) = value_at(place[:-1], roots), place[-1]
-    if kind == "content":
-        _refill(owner, [*owner, *value] if more else value)
-    else:
-        _set(owner, (kind, name), value)
-
-
-def describe(place: Place) -> str:
-    """A place as a user would write it, from the model on: ``blocks.0.scale``, ``cache['a'][0]``."""
-    text = "" if place[0] == ("root", "model") else str(place[0][1])
-    before = ""
-    for kind, name in place[1:]:
-        if kind == "attribute" and name in ("_modules", *_WEIGHTS):
-            pass
-        elif kind == "item" and before not in ("_modules", *_WEIGHTS):
-            text += f"[{name!r}]"
-        elif kind == "class":
-            text = name.__qualname__
-        elif kind == "module":
-            text = f"{name[0].__name__}.{name[1]}"
-        elif kind == "global":
-            text = str(name)
-        elif kind not in ("content", "function", "self", "bytes", "position"):
-            text += f".{name}" if text else str(name)
-        before = name if kind == "attribute" else ""
-    return text
-
-
-def owner_of(place: Place, roots: Mapping[str, Any]) -> tuple[str, Any]:
-    """The path and the value of the innermost submodule that a place is in, ``("", model)`` at the top."""
-    path, found = "", roots["model"]
-    for length in range(1, len(place)):
-        if place[length - 1] == ("attribute", "_modules"):
-            module = value_at(place[: length + 1], roots)
-            if isinstance(module, nn.Module):
-                path, found = describe(place[: length + 1]), module
-    return path, found
-
-
 def _weights(model: Any) -> dict[int, torch.Tensor]:
     """The weights of a model, which its graphs reach into it for."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
@@ -420,7 +351,7 @@ def _pointer(tensor: torch.Tensor) -> int:
 
 def _getter(module: nn.Module) -> Callable[[Any], tuple[Any, ...]]:
     """Takes from a module's attributes what a forward may read and what is no container of torch's."""
-    return itemgetter(*(name for name in vars(module) if name not in _BOOKKEEPING))
+    return itemgetter(*(name for name in vars(module) if name not in BOOKKEEPING))
 
 
 def _is_bounded(value: Any) -> bool:
@@ -431,176 +362,15 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, (dict, list, deque, set))
 
 
-def _parts(value: Any, code: bool) -> dict[Step, Any] | None:
-    """The parts of a value that has some, by the steps to them; None for one that is known by itself alone."""
-    kind = type(value)
-    if kind in _ATOMS or isinstance(value, (torch.Tensor, enum.Enum)):
-        return None
-    if isinstance(value, nn.Module):
-        if TARGET in vars(value):
-            return {("attribute", "_original"): vars(value)["_original"]}
-        parts = {("attribute", name): part for name, part in vars(value).items() if name not in _BOOKKEEPING}
-        return {**parts, **_classes(kind)}
-    if isinstance(value, type):
-        return _class_parts(value, code)
-    if isinstance(value, types.FunctionType):
-        return _function_parts(value, code)
-    if isinstance(value, types.GeneratorType):
-        return {POSITION: value.gi_frame.f_lasti if value.gi_frame else None}
-    if kind.__module__ == "itertools":
-        return {POSITION: repr(value)}
-    if isinstance(value, types.MethodType):
-        return {("function", None): value.__func__, ("self", None): value.__self__}
-    if isinstance(value, functools.partial):
-        return {
-            ("attribute", "func"): value.func,
-            ("attribute", "args"): value.args,
-            ("attribute", "keywords"): value.keywords,
-        }
-    if _is_array(value):
-        about = (value.shape, value.strides, str(value.dtype)) if hasattr(value, "shape") else len(value)
-        return {_BYTES: bytes(value), ("about", None): about}
-    if code and isinstance(value, _CACHED):
-        return {("function", None): value.__wrapped__, _MISSES: value.cache_info().misses}
-    if code and isinstance(value, _WRAPPERS):
-        return {("function", None): _bare(value)}
-    return _object_parts(value)
-
-
-def _object_parts(value: Any) -> dict[Step, Any] | None:
-    kind = type(value)
-    if isinstance(value, dict):
-        items = OrderedDict.items(value) if isinstance(value, OrderedDict) else dict.items(value)
-        parts: dict[Step, Any] = {("item", name): part for name, part in items}
-    elif isinstance(value, types.MappingProxyType):
-        parts = {("item", name): part for name, part in value.items()}
-    elif isinstance(value, (list, tuple, deque)):
-        parts = {("item", index): part for index, part in enumerate(_elements(value))}
-    elif isinstance(value, (set, frozenset)):
-        parts = {("element", part): part for part in _elements(value)}
-    elif not _is_plain(kind):
-        return None
-    else:
-        parts = {}
-    if _is_plain(kind):
-        parts.update((("attribute", name), part) for name, part in _attributes(value).items())
-        parts.update((("attribute", name), getattr(value, name)) for name in slots(kind) if hasattr(value, name))
-        parts.update(_classes(kind))
-    return parts
-
-
-def _elements(value: Any) -> Iterator[Any]:
-    """What a sequence or a set holds, whatever its class makes of iteration."""
-    base = next(base for base in (list, tuple, deque, set, frozenset) if isinstance(value, base))
-    return base.__iter__(value)
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    try:
-        return object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-
-
-def _class_parts(value: type, code: bool) -> dict[Step, Any] | None:
-    if value.__flags__ & _IMMUTABLE and not _is_ours(value.__module__):
-        return None
-    ours = _is_ours(value.__module__)
-    return {
-        ("attribute" if ours and not _is_method(part) else "method", name): part
-        for name, part in vars(value).items()
-        if not name.startswith("__") or name == "__call__"
-    }
-
-
-def _bare(method: Any) -> Any:
-    """The function that a class holds as a static method, a class method or a property."""
-    for name in ("__func__", "fget", "func"):
-        method = getattr(method, name, method) if isinstance(method, _WRAPPERS) else method
-    return method
-
-
-def _is_method(part: Any) -> bool:
-    return isinstance(part, (types.FunctionType, _CACHED, type, *_WRAPPERS))
-
-
-def _function_parts(value: types.FunctionType, code: bool) -> dict[Step, Any]:
-    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-    parts: dict[Step, Any] = {("code", None): value.__code__}
-    parts.update((("cell", name), _cell(cell)) for name, cell in cells if name != "__class__")
-    parts.update((("default", index), part) for index, part in enumerate(value.__defaults__ or ()))
-    parts.update((("keyword", name), part) for name, part in (value.__kwdefaults__ or {}).items())
-    parts.update((("attribute", name), part) for name, part in vars(value).items())
-    if code and _is_ours(value.__module__):
-        names = _names_in(value.__code__)
-        parts.update(_named(value.__globals__, names))
-    return parts
-
-
-def _named(space: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[Step, Any]]:
-    """The globals of these names, and in modules among them what is named so there."""
-    for name in names:
-        if name not in space:
-            continue
-        value = space[name]
-        if not isinstance(value, types.ModuleType):
-            if _is_read(value):
-                yield ("global", name), value
-        elif _is_ours(value.__name__):
-            inside = vars(value)
-            yield from (
-                (("module", (value, each)), inside[each]) for each in names if each in inside and _is_read(inside[each])
-            )
-
-
-def _is_read(value: Any) -> bool:
-    """Whether what a global is, is of the user's making, or holds something."""
-    if isinstance(value, types.ModuleType):
-        return False
-    return not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) or _is_ours(value.__module__)
-
-
-@functools.cache
-def _names_in(code: types.CodeType) -> tuple[str, ...]:
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return tuple(dict.fromkeys((*code.co_names, *chain.from_iterable(map(_names_in, inner)))))
-
-
-def _is_ours(module: str | None) -> bool:
-    """Whether code is the user's: neither torch's nor the standard library's."""
-    return isinstance(module, str) and module.partition(".")[0] not in _LIBRARY
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether objects of a class are what their attributes are."""
-    return kind in _OPENED or (_is_ours(kind.__module__) and bool(kind.__flags__ & _HEAP))
-
-
-def _classes(kind: type) -> dict[Step, Any]:
-    return {("class", base): base for base in kind.__mro__[:-1]}
-
-
-def _cell(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return ABSENT
-
-
 def _function_values(value: types.FunctionType) -> Iterator[Any]:
     yield value.__code__
-    yield from map(_cell, value.__closure__ or ())
+    yield from map(in_cell, value.__closure__ or ())
     yield from value.__defaults__ or ()
     yield from (value.__kwdefaults__ or {}).values()
 
 
 def _slot_values(value: Any) -> Iterator[Any]:
     return (getattr(value, name, ABSENT) for name in slots(type(value)))
-
-
-def _is_array(value: Any) -> bool:
-    """Whether a value is memory that may be written, and that tells what it is."""
-    return isinstance(value, (bytearray, array)) or (type(value).__name__ == "ndarray" and not value.dtype.hasobject)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -614,75 +384,15 @@ def _atom(value: Any) -> Any:
         return type(value), float(value).hex()
     if isinstance(value, complex):
         return type(value), value.real.hex(), value.imag.hex()
-    if isinstance(value, (int, str, bytes, range)) or (type(value) in _ATOMS and type(value) is not slice):
+    if isinstance(value, (int, str, bytes, range)) or (type(value) in ATOMS and type(value) is not slice):
         return type(value), value
     if isinstance(value, slice):
         return slice, *map(_atom, (value.start, value.stop, value.step))
+    if isinstance(value, weakref.ref):
+        return type(value), value() is None  # torch's RNNs hold such to their weights, which a capture exchanges
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
         return type(value), value.tobytes()
     return _Same(value)
-
-
-def _set(owner: Any, step: Step, value: Any) -> None:
-    kind, name = step
-    if kind == "global":
-        owner, kind = owner.__globals__, "item"
-    elif kind == "module":
-        owner, name, kind = vars(name[0]), name[1], "item"
-    if kind == "cell":
-        cell = owner.__closure__[owner.__code__.co_freevars.index(name)]
-        if value is ABSENT:
-            del cell.cell_contents
-        else:
-            cell.cell_contents = value
-    elif kind == "bytes":
-        memoryview(owner).cast("B")[:] = value
-    elif kind == "item" and value is ABSENT:
-        (OrderedDict if isinstance(owner, OrderedDict) else dict).__delitem__(owner, name)
-    elif kind == "item":
-        base = next(base for base in (OrderedDict, dict, list, deque) if isinstance(owner, base))
-        base.__setitem__(owner, name, value)
-    elif isinstance(owner, type):
-        type.__delattr__(owner, name) if value is ABSENT else type.__setattr__(owner, name, value)
-    elif kind == "attribute" and name in slots(type(owner)):
-        object.__delattr__(owner, name) if value is ABSENT else object.__setattr__(owner, name, value)
-    elif kind == "attribute" and value is ABSENT:
-        del _attributes(owner)[name]
-    elif kind == "attribute":
-        _attributes(owner)[name] = value
-    else:
-        raise TypeError(f"a {kind} can't be set")
-
-
-def _refill(owner: Any, values: Iterable[Any]) -> None:
-    if isinstance(owner, list):
-        list.__setitem__(owner, slice(None), values)
-        return
-    values = list(values)
-    owner.clear()
-    owner.extend(values) if isinstance(owner, deque) else owner.update(values)
-
-
-def _restore(owner: Any, before: Mapping[Step, Any], now: Mapping[Step, Any]) -> None:
-    """Give a value the parts back that it had, one by one, in their order."""
-    if isinstance(owner, (list, deque, set)):
-        kind = "element" if isinstance(owner, set) else "item"
-        _refill(owner, [part for step, part in before.items() if step[0] == kind])
-    if isinstance(owner, (list, deque, set, tuple, frozenset)):
-        before, now = ({s: p for s, p in each.items() if s[0] == "attribute"} for each in (before, now))
-    lost = [step for step in before if step not in now]
-    for step, part in now.items():
-        if step not in before:
-            _set(owner, step, ABSENT)
-        elif part is not before[step]:
-            _set(owner, step, before[step])
-    for step in lost:
-        _set(owner, step, before[step])
-    if lost or [step for step in now if step in before] != [*before]:
-        for step, part in before.items():  # what was lost came back last
-            if step[0] in ("item", "attribute") and not isinstance(owner, type):
-                _set(owner, step, ABSENT)
-                _set(owner, step, part)
 
 
 class _Same:

@@ -17,7 +17,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
-from fxstream.passes.graph.snapshot import POSITION, Change, Place, Snapshot, describe, put, value_at
+from fxstream.passes.graph.parts import POSITION
+from fxstream.passes.graph.places import Place, describe, put, value_at
+from fxstream.passes.graph.snapshot import Change, Snapshot
 from fxstream.passes.graph.structure import Flattened, Made, flatten, unflatten
 
 if TYPE_CHECKING:

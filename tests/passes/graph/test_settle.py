@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import fxstream
 from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.capture import capture, roots_of_call
+from fxstream.passes.graph.places import describe
 from fxstream.passes.graph.settle import same_graph
-from fxstream.passes.graph.snapshot import describe
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 COUNTS = {}
@@ -210,3 +211,20 @@ def test_equal_graphs():
     assert not same_graph(one, other)
     assert not same_graph(one, capture(Call(lambda s, x: x * 2 + 1), (X[:1],)).graph_module)
     assert Inputs.of((X,), {}).count == 1
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cell = kind(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.cell(x)[0]
+
+
+@pytest.mark.parametrize("kind", (nn.LSTM, nn.GRU, nn.RNN))
+def test_weak_references_to_weights_are_no_state(kind):
+    model, x = Recurrent(kind).eval().requires_grad_(False), torch.randn(2, 5, 8)
+    streamed = fxstream.optimize(model, "min", (x,))
+    torch.testing.assert_close(streamed(x), model(x))
+    assert len(streamed.plans) == 1

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fxstream.passes.graph.snapshot import Snapshot, describe, environment, owner_of, put, roots_of, value_at
+from fxstream.passes.graph.places import describe, owner_of, put, value_at
+from fxstream.passes.graph.snapshot import Snapshot, environment, roots_of
 
 
 class Plain:
