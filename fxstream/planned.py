@@ -19,7 +19,6 @@ from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.places import Place
-from fxstream.passes.graph.snapshot import Place
 from fxstream.passes.graph.turns import turn
 from fxstream.passes.stream import stream
 from fxstream.report import Plan, make_plan
