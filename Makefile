@@ -7,7 +7,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile bench-check bench-rehash
+.PHONY: venv browser test test-isa fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile
+.PHONY: bench-check bench-rehash
 .PHONY: table table-compile table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
@@ -32,6 +33,13 @@ browser: venv
 
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# A slice of the tests with the kernels of lesser machines than this one: what is measured there is planned for there.
+test-isa: venv
+	for isa in $$($(BIN)/python -m fxstream.tools.isa); do \
+	  ONEDNN_MAX_CPU_ISA=$${isa%,*} ATEN_CPU_CAPABILITY=$${isa#*,} $(BIN)/python -m pytest --numprocesses 2 \
+	    tests/passes/machine tests/passes/rewriting/test_slicing.py || exit 1; \
+	done
 
 # The property tests, on examples that no run has seen.
 fuzz: venv

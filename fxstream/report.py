@@ -12,7 +12,8 @@ from tabulate import tabulate
 from fxstream.budget import format_bytes
 from fxstream.passes.graph.capture import module_path
 from fxstream.passes.graph.liveness import MemoryProfile
-from fxstream.passes.planning.barriers import Barrier, barriers
+from fxstream.passes.machine.kept import machine_name
+from fxstream.passes.planning.barriers import Barrier, barriers, unmeasured
 from fxstream.passes.planning.tree import Block, Loop
 
 T = TypeVar("T")
@@ -57,7 +58,9 @@ class Plan:
 
     ``barriers`` are the operators without a rule that axes stop at. ``seconds`` maps "capture" and "planning" to the
     time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
-    ``added_flops`` are the floating point operations of values that are computed again.
+    ``added_flops`` are the floating point operations of values that are computed again. ``machine`` is the one whose
+    kernels' workspaces are counted; ``unmeasured`` are the operators whose workspace is not known there, and counts as
+    none.
     """
 
     before: MemoryProfile
@@ -67,6 +70,8 @@ class Plan:
     budget_bytes: int | None
     seconds: dict[str, float]
     added_flops: int = 0
+    machine: str = ""
+    unmeasured: tuple[Barrier, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -88,6 +93,9 @@ class Plan:
         parts.append("Groups:\n" + self.groups_table() if self.groups else "No groups: nothing needs slicing.")
         if self.barriers:
             parts.append("Operators without a rule:\n" + self.barriers_table())
+        if self.unmeasured:
+            parts.append("Operators whose workspace is not known:\n" + self.unmeasured_table())
+        parts.append(f"Planned for: {self.machine}")
         return "\n\n".join(parts)
 
     def summary(self) -> str:
@@ -144,7 +152,15 @@ class Plan:
 
     def barriers_table(self) -> str:
         """Operators without a rule, the most bytes first."""
-        rows = [[barrier.operator, barrier.count, format_bytes(barrier.bytes)] for barrier in self.barriers]
+        return self._operators_table(self.barriers)
+
+    def unmeasured_table(self) -> str:
+        """Operators whose workspace is not known, the most bytes first."""
+        return self._operators_table(self.unmeasured)
+
+    @staticmethod
+    def _operators_table(operators: Iterable[Barrier]) -> str:
+        rows = [[each.operator, each.count, format_bytes(each.bytes)] for each in operators]
         return tabulate(rows, headers=["operator", "nodes", "largest live bytes"])
 
 
@@ -152,7 +168,9 @@ def make_plan(before: MemoryProfile, block: Block, budget_bytes: int | None, sec
     """The plan that a streamed graph carries out."""
     position = {name: index for index, name in enumerate(before.nodes)}
     groups = tuple(_groups(block, position, (), 0))
-    return Plan(before, _unfolded(block), groups, barriers(block.program), budget_bytes, seconds, block.added_flops)
+    after, blocked = _unfolded(block), barriers(block.program)
+    machine, unknown = machine_name(block.program.device.type), unmeasured(block.program)
+    return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown)
 
 
 def _unfolded(block: Block) -> MemoryProfile:

@@ -86,6 +86,17 @@ def parser() -> argparse.ArgumentParser:
         "env", help="versions and devices, for a bug report", description="Print what a bug report should tell."
     )
     _common(env, "environment", [])
+    machine = commands.add_parser(
+        "machine",
+        help="what is known of this machine",
+        description="Print what plans for this machine are made with: its kernels, how many of their calls were "
+        "measured, and what a launch, a byte and an operation cost.",
+    )
+    machine.add_argument(
+        "--measure", action="store_true", help="measure the prices now, in some seconds, and keep them"
+    )
+    machine.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    _common(machine, "machine", [])
     completion = commands.add_parser(
         "completion",
         help="completion for a shell",

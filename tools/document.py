@@ -52,6 +52,8 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
             for group in plan.groups
         ],
         "barriers": [asdict(barrier) for barrier in plan.barriers],
+        "machine": plan.machine,
+        "unmeasured": [asdict(operator) for operator in plan.unmeasured],
         "seconds": plan.seconds,
     }
 

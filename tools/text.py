@@ -29,9 +29,12 @@ def report(plan: Plan, budget: str | int | float, measured: str = "") -> str:
         parts.append(_headed("Operators without a rule, and the most that is live at one:", plan.barriers_table()))
     else:
         parts.append("Every operator has a rule.")
+    if plan.unmeasured:
+        parts.append(_headed("Operators whose workspace is not known, and counts as none:", plan.unmeasured_table()))
     for name, profile in (("before", plan.before), ("after", plan.after)):
         title = f"Activations along the schedule {name}, at most {format_bytes(profile.peak_bytes)}:"
         parts.append(_headed(title, memory_chart(profile.live_bytes, top_bytes=peak)))
+    parts.append(f"Planned for {plan.machine}.")
     parts.append(f"Capture {plan.seconds['capture']:.1f} s, planning {plan.seconds['planning']:.1f} s.")
     return "\n\n".join(parts)
 

@@ -8,8 +8,9 @@ what is on around us change what is measured, nor are profiles of the user's dis
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from threading import Thread
 from typing import Any, TypeVar
@@ -20,7 +21,12 @@ from torch._C import _autograd, _profiler
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from fxstream.passes.machine.kept import Trace
+
 T = TypeVar("T")
+
+ALIGNMENT = 64
+"""Bytes that torch's CPU allocator aligns to: a wrapped number takes less."""
 
 
 def apart(function: Callable[[], T]) -> T:
@@ -45,10 +51,6 @@ def apart(function: Callable[[], T]) -> T:
     return result[0]
 
 
-Trace = tuple[int, ...]
-"""Bytes of each allocation of a call, and of each release as a negative number, in their order."""
-
-
 def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> Trace:
     """What a call allocates on ``device`` and releases again before it returns; its tensors stand on "meta".
 
@@ -57,7 +59,7 @@ def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -
     error: Exception | None = None
     for fill in (_easy, _regular):
         try:
-            given = pytree.tree_map_only(Tensor, lambda x, fill=fill: fill(_room(x, device)), (args, kwargs))
+            given = pytree.tree_map_only(Tensor, partial(_made, fill, device), (args, kwargs))
             with _kept_generators(device), _traced(device) as trace:
                 out = target(*given[0], **given[1])
             del out
@@ -68,10 +70,14 @@ def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -
     raise error
 
 
-def workspace_of(trace: Sequence[int]) -> int:
-    """The most that is allocated at once, beyond what is left in the end."""
+def workspace_of(trace: Trace, made: int) -> int:
+    """The most that is allocated at once, beyond what is left of it in the end, or ``made`` where more is left.
+
+    Some kernels return a tensor in a storage that is larger than it. A number that becomes a tensor is not counted.
+    """
     live = list(accumulate(trace, initial=0))
-    return round(max(live) - live[-1])
+    beyond = max(live) - min(live[-1], made)
+    return beyond if beyond >= ALIGNMENT else 0
 
 
 @contextmanager
@@ -106,6 +112,10 @@ def _room(like: Tensor, device: torch.device) -> Tensor:
         buffer = torch.zeros(size, dtype=like.dtype, device=device)
     room = buffer.new_empty(0).set_(buffer.untyped_storage(), 0, like.shape, like.stride())  # kernels ask for views
     return room.requires_grad_(like.requires_grad)
+
+
+def _made(fill: Callable[[Tensor], Tensor], device: torch.device, like: Tensor) -> Tensor:
+    return fill(_room(like, device))
 
 
 def _easy(tensor: Tensor) -> Tensor:

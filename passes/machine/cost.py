@@ -9,14 +9,19 @@ other arithmetic is the same either way and is left out.
 
 from __future__ import annotations
 
+import json
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from fxstream.passes.machine.kept import folder, machine_name, slug
 
 aten = torch.ops.aten
 
@@ -76,8 +81,32 @@ CUDA = CostModel(
 
 
 def cost_model(device: torch.device) -> CostModel:
-    """The prices for a device."""
-    return CPU if device.type == "cpu" else CUDA
+    """The prices for a device: those measured on it, if they were, else such as other machines have."""
+    return kept_prices(device.type) or (CPU if device.type == "cpu" else CUDA)
+
+
+def prices_file(device: str) -> Path:
+    """Where the prices of this machine's device of that type are kept."""
+    return folder() / "prices" / f"{slug(machine_name(device))}.json"
+
+
+def save_prices(device: str, prices: CostModel) -> None:
+    """Keep prices, in place of any that were."""
+    path = prices_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text(json.dumps({"machine": machine_name(device), **asdict(prices)}, indent=1))
+    written.replace(path)
+
+
+def kept_prices(device: str) -> CostModel | None:
+    """The prices that were measured on this machine, if they were."""
+    try:
+        found = json.loads(prices_file(device).read_text())
+        del found["machine"]
+        return CostModel(**{**found, "rates": tuple((size, rate) for size, rate in found["rates"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.machine import allocations
-from fxstream.passes.machine.allocations import Trace, apart, workspace_of
+from fxstream.passes.machine.allocations import apart, workspace_of
 from fxstream.passes.machine.cost import convolves_plainly
+from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
 
 MOST_BYTES, MOST_FLOPS, SLOW = 64 << 20, 1 << 30, 8
@@ -63,23 +64,65 @@ def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwar
     if target in _STATED:
         return _STATED[target](out, *args, **kwargs)
     device = next((x.device for x in pytree.tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)), None)
-    if device is None or device.type not in ("cpu", "cuda") or target.namespace not in MEASURED or _is_view(target):
+    if device is None or _is_view(target):
         return 0
-    key = _key(target, args, kwargs)
+    key = (target, _alike(args, kwargs, lambda x: x.stride()), device.type, *_circumstances())
     if key not in _KNOWN:
+        trace = _trace(target, args, kwargs, device)
+        _KNOWN[key] = None if trace is None else workspace_of(trace, _made(out, args, kwargs))
+    return _KNOWN[key] or 0
+
+
+_KNOWN: dict[Any, int | None] = {}
+
+
+def is_known(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the workspace of a call is known: its operator can be run here, or says what it allocates."""
+    call_workspace_bytes(target, out, args, kwargs)
+    device = next((x.device for x in pytree.tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)), None)
+    key = (target, _alike(args, kwargs, lambda x: x.stride()), device and device.type, *_circumstances())
+    return _KNOWN.get(key, 0) is not None
+
+
+def _circumstances() -> tuple[Any, ...]:
+    """What of torch's settings changes the kernels that it takes."""
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> Trace | None:
+    """What a call allocates: as it is kept, or measured now. None where it can't be run here."""
+    if not is_here(device.type):
+        return None
+    table = kept(device.type, folder())
+    name = _name(target, args, kwargs)
+    if name not in table.traces:
+        if target.namespace not in MEASURED:
+            table.traces[name] = None  # not for long: it may be told, or be another one of that name
+            return None
         with unset_fake_temporarily():
             call = _on_meta(target, args, kwargs)
             try:
-                _KNOWN[key] = workspace_of(apart(lambda: _measure(call, device)))
+                apart(lambda: _measure(call, device, table))
             except Exception:  # of any kernel
-                _KNOWN[key] = 0
-    return _KNOWN[key]
+                table.add(name, None)
+        table.save()
+    return table.traces[name]
 
 
 MEASURED = frozenset({"aten", "prims", "quantized", "quantized_decomposed", "mkldnn", "fxstream"})
 """Operators that do nothing but compute, by their namespaces. Those of a user may do more, and are not run."""
 
-_KNOWN: dict[Any, int] = {}
+
+def _made(out: Any, args: Any, kwargs: Any) -> int:
+    """Bytes that a call's results are counted with."""
+    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    storages = [x.untyped_storage() for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+    return sum({each._cdata: each.nbytes() for each in storages if each._cdata not in given}.values())
 
 
 def _is_view(target: OpOverload) -> bool:
@@ -87,15 +130,22 @@ def _is_view(target: OpOverload) -> bool:
     return all(each.alias_info is not None for each in target._schema.returns)
 
 
-def _key(target: OpOverload, args: Any, kwargs: Any) -> Any:
+def _alike(args: Any, kwargs: Any, stride: Callable[[Tensor], Any]) -> Any:
+    """Equal for arguments that kernels can't tell apart, the values of tensors aside."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     known = tuple(
-        (tuple(x.shape), x.stride(), x.dtype, x.device.type, x.requires_grad)
+        (tuple(x.shape), stride(x), str(x.dtype).removeprefix("torch."), "grad" * x.requires_grad)
         if isinstance(x, Tensor)
-        else (type(x), repr(x))
+        else repr(x)
         for x in leaves
     )
-    return target, known, spec, torch.get_num_threads()
+    return known, spec
+
+
+def _name(target: OpOverload, args: Any, kwargs: Any) -> str:
+    """A call by its operator and arguments, and what else decides what its kernel allocates."""
+    known, _ = _alike(args, kwargs, lambda x: tuple(restrided(x.shape, x.stride(), x.shape)))
+    return f"{target} {known} {tuple(kwargs)} {_circumstances()}"
 
 
 def _on_meta(target: OpOverload, args: Any, kwargs: Any) -> Call:
@@ -132,17 +182,16 @@ class _Cost:
         return self.bytes * part <= MOST_BYTES and self.flops * part <= MOST_FLOPS
 
 
-def _measure(call: Call, device: torch.device) -> Trace:
-    key = (_key(call.target, call.args, call.kwargs), device.type)
-    if key not in _POINTS:
-        _POINTS[key] = _grown(call, device)
-    return _POINTS[key]
+def _measure(call: Call, device: torch.device, table: Kept) -> Trace:
+    name = _name(call.target, call.args, call.kwargs)
+    trace = table.traces.get(name)
+    if trace is None:
+        trace = _grown(call, device, table)
+        table.add(name, trace)
+    return trace
 
 
-_POINTS: dict[Any, Trace] = {}
-
-
-def _grown(call: Call, device: torch.device) -> Trace:
+def _grown(call: Call, device: torch.device, table: Kept) -> Trace:
     """What a call allocates, of itself or as it grows from smaller ones."""
     call, cost = _costed(call)
     if cost.share(1):
@@ -158,7 +207,7 @@ def _grown(call: Call, device: torch.device) -> Trace:
         (short, few), (long, many) = (_smaller(call, cut, dim, length) for length in (high // 2, high))
         if not few < many < size:
             continue
-        low, top = _measure(short, device), _measure(long, device)
+        low, top = _measure(short, device, table), _measure(long, device, table)
         grown = _line(low, top, (size - many) / (many - few))
         if grown is not None:
             return grown

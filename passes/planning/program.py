@@ -62,6 +62,12 @@ class Program:
         return len(self.values)
 
     @cached_property
+    def device(self) -> torch.device:
+        """The device of what the graph computes."""
+        tensors = (x for value in self.values for x in pytree.tree_leaves(value.call.out) if torch.is_tensor(x))
+        return next((x.device for x in tensors), torch.device("cpu"))
+
+    @cached_property
     def live_bytes(self) -> list[int]:
         """Bytes live during each node."""
         return self.liveness.live_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.autograd.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from fxstream.passes.machine import workspace
+from fxstream.passes.machine.kept import folder, kept
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.tools.measure import allocator_trace
 
@@ -281,7 +283,7 @@ def test_pointwise_and_reductions(cases: Cases, dtype: torch.dtype) -> None:
     cases.add(aten.mean.default, rows)
 
 
-def test_what_is_too_large_grows_from_what_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_grows_from_what_is_smaller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     image, weight = randn(14, 32, 96, 64), randn(32, 32, 3, 3)
     rows, wide = randn(7, 300, 64).mT.contiguous().mT, randn(640, 64).requires_grad_()
     calls = [
@@ -294,16 +296,18 @@ def test_what_is_too_large_grows_from_what_is_smaller(monkeypatch: pytest.Monkey
     direct = [predicted(target, *args) for target, args in calls]
     monkeypatch.setattr(workspace, "MOST_BYTES", 1 << 19)
     monkeypatch.setattr(workspace, "_KNOWN", {})
-    monkeypatch.setattr(workspace, "_POINTS", {})
+    monkeypatch.setenv("FXSTREAM_CACHE_DIR", str(tmp_path))
     grown = [predicted(target, *args) for target, args in calls]
     assert max(direct) > 1 << 19
     assert grown == pytest.approx(direct, rel=0.01, abs=8192)
 
 
-def test_nothing_around_a_measurement_changes_it_or_is_changed() -> None:
+def test_nothing_around_a_measurement_changes_it_or_is_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FXSTREAM_CACHE_DIR", str(tmp_path))
+
     def measured(x: Tensor) -> list[int]:
         workspace._KNOWN.clear()
-        workspace._POINTS.clear()
+        kept("cpu", folder()).traces.clear()
         return [workspace.call_workspace_bytes(op.default, x, (x,), {}) for op in (aten.rand_like, aten.mean)]
 
     alone, state = measured(randn(64, 64, dtype=BFLOAT)), torch.get_rng_state()
@@ -323,4 +327,5 @@ def test_a_users_operator_is_not_run() -> None:
 
     x = randn(4)
     assert workspace.call_workspace_bytes(torch.ops.workspaces.noted.default, x, (x,), {}) == 0
+    assert not workspace.is_known(torch.ops.workspaces.noted.default, x, (x,), {})
     assert not ran
