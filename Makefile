@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
-.PHONY: venv browser test test-isa fuzz fuzz-programs lint format demo bench bench-large bench-exact bench-compile
+.PHONY: venv browser test test-isa fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile
 .PHONY: bench-check bench-rehash
 .PHONY: table table-compile table-pipeline comparison pictures docs clean
 
@@ -48,6 +48,10 @@ fuzz: venv
 # Random programs against their models. SEED=123 COUNT=1 for one of them again.
 fuzz-programs: venv
 	$(BIN)/python -m fxstream.tools.fuzz --count $(or $(COUNT),2000) --seed $(or $(SEED),0)
+
+# Streamed modules in several threads at once.
+threads: venv
+	$(BIN)/python -m fxstream.tools.threads --rounds $(or $(ROUNDS),100)
 
 # mypy sees the packages as they install: build/mypy/fxstream links to the files of fxstream/, and to passes/ and tools/.
 lint: venv

@@ -18,7 +18,9 @@ from fxstream.passes.graph.parts import TARGET
 from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.snapshot import Snapshot, environment
 from fxstream.passes.graph.state import State
+from fxstream.passes.graph.turns import turn
 from fxstream.runtime.autocast import without_autocast
+from fxstream.runtime.draws import generators_given
 
 if TYPE_CHECKING:
     from fxstream.planned import Compiled
@@ -138,7 +140,8 @@ class StreamedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
-        return (*(compiled.plan for compiled in self._compiled.values()), *(self._region.plans if self._region else ()))
+        made = [compiled.plan for compiled in list(self._compiled.values())]
+        return (*made, *(self._region.plans if self._region else ()))
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""
@@ -159,8 +162,9 @@ class StreamedModule(nn.Module):
         call = inputs.key(), environment()
         compiled = self._compiled_for(call, inputs, args, kwargs, inference=not torch.is_grad_enabled())
         captured = compiled.captured
+        captured.refuse_aliases(inputs.tensors)
         roots = roots_of_call(self.__dict__[TARGET], args, kwargs) if captured.state else {}
-        with torch.no_grad(), without_autocast():
+        with torch.no_grad(), without_autocast(), generators_given(inputs.generators):
             found = self._run(compiled, (*inputs.tensors, *captured.state.read(roots)))
             before = self._state(call) if captured.state.again else (0, 0)
             captured.changes(roots, found)
@@ -178,6 +182,17 @@ class StreamedModule(nn.Module):
         kind = (*call, self._state(call))
         if not inference:
             self._refuse_gradients(inputs)
+        read = self._read.get(kind, frozenset())
+        key = (*kind, inputs.values(read))
+        compiled = self._compiled.get(key)
+        if compiled is None or not self._fits(compiled, inputs.tensors):
+            with turn():
+                return self._planned(call, inputs, args, kwargs)
+        return compiled
+
+    def _planned(self, call: Any, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
+        """The plan of a call, by the thread whose turn it is: maybe another has made it meanwhile."""
+        kind = (*call, self._state(call))
         read = self._read.get(kind, frozenset())
         key = (*kind, inputs.values(read))
         compiled = self._compiled.get(key)
@@ -236,7 +251,7 @@ class StreamedModule(nn.Module):
         (spec, rest, tensors), *others, _ = key
         alike = [
             known
-            for (known_spec, known, known_tensors), *known_others, _ in self._compiled
+            for (known_spec, known, known_tensors), *known_others, _ in list(self._compiled)
             if (known_spec, known_tensors, known_others) == (spec, tensors, others)
         ]
         numbers = {leaf for known in alike for leaf, now in zip(known, rest, strict=True) if leaf != now}

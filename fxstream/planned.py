@@ -19,6 +19,7 @@ from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.places import Place
+from fxstream.passes.graph.turns import turn
 from fxstream.passes.stream import stream
 from fxstream.report import Plan, make_plan
 
@@ -38,6 +39,7 @@ class Compiled:
     resident: Resident | None = None
 
 
+@turn()
 def compile_call(
     model: Callable[..., Any],
     args: Sequence[Any],
@@ -58,6 +60,7 @@ def compile_call(
     return replace(planned, run=compiled_by(backend, planned.graph_module))
 
 
+@turn()
 def plan_captured(
     captured: Captured,
     budget: Budget,

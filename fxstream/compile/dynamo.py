@@ -19,6 +19,7 @@ from fxstream.budget import Budget
 from fxstream.errors import GradientError, MemoryBudgetError
 from fxstream.passes.graph.call import Captured
 from fxstream.passes.graph.capture import FRAME, capture
+from fxstream.passes.graph.turns import turn
 from fxstream.planned import plan_captured
 from fxstream.report import Plan
 
@@ -43,6 +44,7 @@ class PlannedGraph:
         return [inputs[place] for place in self.places]
 
 
+@turn()
 def plan_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Any], budget: Budget, allow_recompute: bool = False
 ) -> PlannedGraph:

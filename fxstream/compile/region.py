@@ -27,6 +27,7 @@ from fxstream.compile.dynamo import PlannedGraph, numbers, plan_graph, refuse_gr
 from fxstream.compile.regions import REGIONS
 from fxstream.compiled import BACKEND, compile_by
 from fxstream.passes.graph.liveness import Liveness, analyze
+from fxstream.passes.graph.turns import turn
 from fxstream.passes.rewriting.lower import identity, is_view
 from fxstream.runtime.autocast import without_autocast
 
@@ -98,6 +99,7 @@ region = StreamedRegion()
 higher_order_ops._hop_name_to_variable_class[region.name()] = _RegionVariable
 
 
+@turn()
 def _stream(
     graph_module: fx.GraphModule, operands: Sequence[Any], backend: str, token: int
 ) -> tuple[PlannedGraph, Streamed, fx.GraphModule]:

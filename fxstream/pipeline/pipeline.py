@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._ops import OpOverload
+from torch import nn
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import CaptureError, MemoryBudgetError
 from fxstream.model import optimize_model
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.capture import owner
+from fxstream.passes.graph.effects import draws
 from fxstream.passes.graph.liveness import storages_of
 from fxstream.passes.graph.structure import flatten
 from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes, weights_of
@@ -97,12 +97,12 @@ class Stage:
         self.streamed = _stream(module, method, self.resident, keywords)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A generator would make a plan of each call: it says nothing, unless random numbers are drawn.
-        drawn = [x for x in (*args, *kwargs.values()) if _is_generator(x)]
-        if drawn:
-            args = tuple(None if _is_generator(x) else x for x in args)
-            kwargs = {name: None if _is_generator(x) else x for name, x in kwargs.items()}
-            self._refuse_random(self.streamed.prepare(*args, **kwargs))
+        # One plan serves calls with a generator and without, unless random numbers are drawn from it.
+        if any(_is_generator(x) for x in (*args, *kwargs.values())):
+            others = tuple(None if _is_generator(x) else x for x in args)
+            named = {name: None if _is_generator(x) else x for name, x in kwargs.items()}
+            if not self._draws(self.streamed.prepare(*others, **named)):
+                args, kwargs = others, named
         self._made.enter(self)
         result = type(self.streamed).forward(self.streamed, *args, **kwargs)
         self._made.add(result)
@@ -126,24 +126,10 @@ class Stage:
             if compiled.resident is not None
         ]
 
-    def _refuse_random(self, made: Any) -> None:
+    def _draws(self, made: Any) -> bool:
+        """Whether what was planned draws random numbers."""
         compiled = next(compiled for compiled in self.streamed._compiled.values() if compiled.plan is made)
-        for node in compiled.captured.graph_module.graph.nodes:
-            if _draws(node):
-                raise CaptureError(
-                    f"{self.name} draws random numbers ({node.target}) from the generator that it is given, which a "
-                    "captured graph can't: call it without a generator",
-                    module_path=self.component,
-                )
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers. What may drop out has a tag that says so though it drops nothing."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return not ("dropout_p" in names and not given.get("dropout_p")) and given.get("train") is not False
+        return any(map(draws, compiled.captured.graph_module.graph.nodes))
 
 
 def _is_generator(value: Any) -> bool:

@@ -167,7 +167,7 @@ class RehashedModule(StreamedModule):
     @property
     def plans(self) -> tuple[RehashPlan, ...]:  # type: ignore[override]
         """The plans made so far, in the order of their first calls."""
-        return tuple(graphs.plan for graphs in self._compiled.values())  # type: ignore[misc]
+        return tuple(graphs.plan for graphs in list(self._compiled.values()))  # type: ignore[misc]
 
     @property
     def enabled(self) -> bool:

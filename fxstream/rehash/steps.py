@@ -15,6 +15,7 @@ from fxstream.passes.graph.call import Captured, Inputs
 from fxstream.passes.graph.capture import bind, owner
 from fxstream.passes.graph.flops import flops
 from fxstream.passes.graph.structure import flatten
+from fxstream.passes.graph.turns import turn
 from fxstream.passes.rewriting.cut import find_cut, first_joint
 from fxstream.passes.rewriting.split import split, subgraph
 from fxstream.rehash.settings import StepRehash
@@ -132,6 +133,12 @@ class StepGraphs:
     def planned(self, calls: int) -> Planned:
         """The graphs planned for generations of so many calls at each timestep, each of which holds its values."""
         if calls not in self._planned:
+            self._plan(calls)
+        return self._planned[calls]
+
+    @turn()
+    def _plan(self, calls: int) -> None:
+        if calls not in self._planned:
             size, history = self.split.bytes, self.rehash.history
             held = calls * history * size
             # During a full call its own oldest value is gone; a predicted value stands beside those that it is made of.
@@ -158,7 +165,6 @@ class StepGraphs:
                 watch_flops=sum(watch_flops),
             )
             self._planned[calls] = Planned(full, skip, watch, plan)
-        return self._planned[calls]
 
 
 def cut_values(graph_module: fx.GraphModule, latent: fx.Node, timestep: fx.Node, rehash: StepRehash) -> list[fx.Node]:

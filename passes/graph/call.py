@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Generator, fx
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
+from fxstream.passes.graph.aliases import overlaps, refuse_written
 from fxstream.passes.graph.snapshot import key_of
 from fxstream.passes.graph.state import NO_STATE, State, taken_apart
 from fxstream.passes.graph.structure import TENSOR, unflatten
+
+ROOT = "model"
+"""Name under which a captured graph holds the user's module."""
+
+_GENERATOR = object()
+"""Stands for a generator, which no plan keeps."""
+
+
+def input_name(index: int) -> str:
+    """How errors call one of a call's tensors."""
+    return f"input tensor {index}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,17 @@ class Inputs:
 
     def without_tensors(self) -> Inputs:
         """How the call is put together, alone: nothing here keeps an example's tensors alive."""
-        return Inputs((), self.rest, self.spec)
+        return Inputs((), tuple(_GENERATOR if isinstance(leaf, Generator) else leaf for leaf in self.rest), self.spec)
+
+    @property
+    def generators(self) -> tuple[Generator, ...]:
+        """The leaves that are generators of random numbers: a plan serves all of a device."""
+        return tuple(leaf for leaf in self.rest if isinstance(leaf, Generator))
+
+    def drawing_from(self, generators: Sequence[Generator]) -> Inputs:
+        """The same call with other generators."""
+        others = iter(generators)
+        return replace(self, rest=tuple(next(others) if isinstance(x, Generator) else x for x in self.rest))
 
     def key(self) -> Any:
         """A value that is equal for calls that one plan serves.
@@ -58,13 +81,19 @@ class Inputs:
         """
         tensors = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.tensors)
         try:
-            rest = tuple((type(leaf), None if leaf is TENSOR else key_of(leaf)) for leaf in self.rest)
+            rest = tuple((type(leaf), self._told(leaf)) for leaf in self.rest)
         except TypeError as error:
             raise ValueError(
                 f"arguments of type {error} can't be told apart between calls: pass tensors, numbers, strings, "
                 "containers or plain objects"
             ) from None
-        return self.spec, rest, tensors
+        return self.spec, rest, (tensors, overlaps(self.tensors))
+
+    def _told(self, leaf: Any) -> Any:
+        """What tells a leaf apart: of a generator its device, and the first leaf that is the same one."""
+        if isinstance(leaf, Generator):
+            return leaf.device, next(at for at, other in enumerate(self.generators) if other is leaf)
+        return None if leaf is TENSOR else key_of(leaf)
 
     def values(self, positions: Iterable[int]) -> tuple[bytes, ...]:
         """What the tensors at these positions hold."""
@@ -82,7 +111,8 @@ class Captured:
     """A captured call: ``graph_module(*tensors, *state.read(roots))`` gives the tensor leaves of the result.
 
     ``result`` puts the user's result together from them. It is right for inputs alone whose tensors at the positions
-    ``read`` have the values that they had. What follows the result's tensors is for ``state.write``.
+    ``read`` have the values that they had, and where what is ``written`` to shares no memory with another. What follows
+    the result's tensors is for ``state.write``.
     """
 
     graph_module: fx.GraphModule
@@ -91,6 +121,16 @@ class Captured:
     spec: pytree.TreeSpec
     read: tuple[int, ...] = ()
     state: State = NO_STATE
+    written: tuple[str, ...] = ()
+
+    def refuse_aliases(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise ``CaptureError`` where an input or a weight that the call writes to lies over another of these."""
+        if self.written:
+            weights = [str(node.target) for node in self.graph_module.graph.find_nodes(op="get_attr")]
+            values = {name: attrgetter(name)(self.graph_module) for name in weights}
+            named = {name.removeprefix(f"{ROOT}."): x for name, x in values.items() if isinstance(x, torch.Tensor)}
+            named |= {input_name(index): tensor for index, tensor in enumerate(tensors)}
+            refuse_written(named, self.written, type(getattr(self.graph_module, ROOT)).__name__)
 
     def result(self, tensors: Sequence[torch.Tensor]) -> Any:
         return unflatten(tensors, self.rest, self.spec)

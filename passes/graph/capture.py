@@ -14,14 +14,16 @@ import operator
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Generator, fx, nn
+from torch._inductor import config as inductor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
@@ -30,8 +32,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
-from fxstream.passes.graph.call import Captured, Inputs
+from fxstream.passes.graph.call import ROOT, Captured, Inputs, input_name
 from fxstream.passes.graph.collector import collector_paused
+from fxstream.passes.graph.composites import open_composites, write_in_place
+from fxstream.passes.graph.effects import memories, written_by
+from fxstream.passes.graph.generators import DrawError, Generators, States, kept_generators, moves_watched
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
 from fxstream.passes.graph.parts import TARGET
@@ -41,17 +46,15 @@ from fxstream.passes.graph.settle import settled
 from fxstream.passes.graph.snapshot import Snapshot, global_hooks, roots_of
 from fxstream.passes.graph.state import Assumed, Effect, State, assume, taken_apart
 from fxstream.passes.graph.structure import TENSOR
+from fxstream.passes.graph.turns import tracing_apart, turn
+from fxstream.passes.graph.twin import Twin
 from fxstream.passes.graph.watching import forward_runs
+from fxstream.runtime.draws import given_generator
 
 _TORCH, _PASSES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 _PYTHON, _PACKAGES = str(Path(linecache.__file__).parent), f"{os.sep}site-packages{os.sep}"
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
-WRITING = {torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2}
-"""How a custom operator that writes to its arguments stands in a graph: it writes to copies, which are returned."""
-
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new wrapper at each look, equal to the last
-ROOT = "model"
-"""Name under which a captured graph holds the user's module."""
 
 
 def roots_of_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class _Flat(nn.Module):
         target: Callable[..., Any],
         inputs: Inputs,
         known: KnownValues,
+        generators: Generators,
         assumed: Sequence[Assumed],
         constants: Sequence[Place],
         record: Callable[[Any], None],
@@ -81,6 +85,7 @@ class _Flat(nn.Module):
         self.target = (function,)  # in a tuple, lest a module be registered twice
         self.inputs = inputs
         self.known = known
+        self.generators = generators
         self.assumed = assumed
         self.constants = constants
         self.record = record
@@ -96,7 +101,7 @@ class _Flat(nn.Module):
                 assume(self.assumed, roots, tensors[self.inputs.count :])
                 assumed = Snapshot(roots, code=True)
             self.known.follow([*tensors[: self.inputs.count], *(value_at(place, roots) for place in self.constants)])
-            with self.known, _assigned_buffers_written(function, before.weights), forward_runs():
+            with self.generators, self.known, _assigned_buffers_written(function, before.weights), forward_runs():
                 result = function(*args, **kwargs)
             changes = (assumed if self.assumed else before).changes(Snapshot(roots, code=True))
             found, rest, spec = taken_apart(result, "what forward returns", before)
@@ -152,6 +157,7 @@ def bind(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         raise ValueError(f"{type(module).__name__} can't be called with these inputs: {error}") from None
 
 
+@turn()
 @collector_paused()
 def capture(
     target: Callable[..., Any],
@@ -166,34 +172,68 @@ def capture(
     """
     keywords = dict(kwargs or {})
     bind(target, args, keywords)
-    return settled(lambda assumed: _trace(target, args, keywords, assumed), roots_of_call(target, args, keywords), live)
+    roots = roots_of_call(target, args, keywords)
+    return settled(lambda assumed: _undisturbed(target, args, keywords, assumed), roots, live)
+
+
+def _undisturbed(
+    target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], assumed: Sequence[Assumed]
+) -> Captured:
+    """One capture of a call, in which no generator moves that is not torch's."""
+    module, _ = owner(target)
+    kept = kept_generators(module)
+    states = States(kept)
+    try:
+        captured = _trace(target, args, kwargs, assumed, kept)
+        if not states.moved():  # by the forward, or by another thread meanwhile
+            return captured
+        states.rewind()
+        with moves_watched(states, _is_users) as found:
+            captured = _trace(target, args, kwargs, assumed, kept)
+        if not states.moved():
+            return captured
+        raise _draw_error(module, states.moved()[0], found)
+    except BaseException:
+        states.rewind()
+        raise
 
 
 def _trace(
-    target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], assumed: Sequence[Assumed]
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    assumed: Sequence[Assumed],
+    kept: Sequence[Any],
 ) -> Captured:
-    """One capture of a call, from a state in which what is assumed holds."""
-    module, _ = owner(target)
+    """One capture of a call, from a state in which what is assumed holds; ``kept`` may be drawn from."""
+    module, function = owner(target)
+    twin = Twin(module)
+    traced = twin.of(function)
     inputs = Inputs.of(args, kwargs)
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec, list[Effect]]] = []
     before = Snapshot(roots_of_call(target, args, kwargs), code=True)
     constants = {places[0]: tensor for tensor, places in before.constants().items() if not _is_assumed(places, assumed)}
     known = KnownValues(inputs.tensors, list(constants.values()))
-    flat = _Flat(target, inputs, known, assumed, [*constants], results.append)
+    generators = Generators(inputs.generators, kept)
+    drawing = inputs.drawing_from(generators.traced)
+    flat = _Flat(traced, drawing, known, generators, assumed, [*constants], results.append)
     given = (*inputs.tensors, *_apart(inputs.tensors, [tensor for each in assumed for tensor in each.inputs]))
     try:
-        with torch.no_grad(), _quiet(), _global_hooks_apart(target), _DataSeen():
+        with torch.no_grad(), _quiet(), _global_hooks_apart(traced), _DataSeen(), tracing_apart():
             exported = torch.export.export(flat, _as_fake(given, module), strict=False)
-            exported = exported.run_decompositions({})
+            open_composites(exported.graph_module)
+            with inductor.patch(fallback_random=True):  # draws that nothing reads are kept
+                exported = exported.run_decompositions({})
+            write_in_place(exported.graph_module)
     except _ForwardError as error:
-        raise _capture_error(module, error.__cause__ or error) from error.__cause__
+        raise _capture_error(twin.module, error.__cause__ or error) from error.__cause__
     except Exception as error:
-        raise _capture_error(module, error) from error
+        raise _capture_error(twin.module, error) from error
     finally:
         before.rewind()
     _check_static(exported, module)
     with internal_errors("capture", exported.graph_module):
-        graph_module = _graph_module(exported, module)
+        graph_module = _graph_module(exported, module, generators)
         propagate_layouts(graph_module)
     rest, spec, effects = results[-1]
     values = [node.meta["val"] for node in graph_module.graph.output_node().args[0]]
@@ -201,7 +241,16 @@ def _trace(
     asked = tuple(place for index, (place, tensor) in numbered if index in known.read or _is_number(tensor))
     state = State.of(assumed, effects, values[sum(leaf is TENSOR for leaf in rest) :], asked)
     read = tuple(sorted(index for index in known.read if index < inputs.count))
-    return Captured(graph_module, inputs.without_tensors(), rest, spec, read, state)
+    captured = Captured(graph_module, inputs.without_tensors(), rest, spec, read, state, _written(graph_module.graph))
+    captured.refuse_aliases(inputs.tensors)
+    return captured
+
+
+def _written(graph: fx.Graph) -> tuple[str, ...]:
+    """Names of the inputs and weights that a captured graph writes to."""
+    names = {node: input_name(index) for index, node in enumerate(graph.find_nodes(op="placeholder"))}
+    names |= {node: str(node.target).removeprefix(f"{ROOT}.") for node in graph.find_nodes(op="get_attr")}
+    return tuple(names[node] for write in graph.nodes for node in written_by(write) if node in names)
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
@@ -285,8 +334,17 @@ def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.
     if mode is not None and mode.shape_env is not None:  # that of a capture before this one
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     if mode is None:
-        return tuple(tensors)
+        return _one_by_one(tensors, weights[: len(weights) - len(tensors)])
     return tuple(_in_mode(x, mode) for x in tensors)
+
+
+def _one_by_one(tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors, fake ones of their layouts where some share memory: traced together they would be one."""
+    memories = Counter(x.untyped_storage()._cdata for x in (*tensors, *weights))
+    if all(memories[x.untyped_storage()._cdata] == 1 for x in tensors):
+        return tuple(tensors)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors)
 
 
 def _in_mode(tensor: torch.Tensor, mode: FakeTensorMode, anew: bool = False) -> torch.Tensor:
@@ -298,7 +356,7 @@ def _in_mode(tensor: torch.Tensor, mode: FakeTensorMode, anew: bool = False) -> 
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> fx.GraphModule:
+def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, generators: Generators) -> fx.GraphModule:
     """The exported graph with its lifted weights as ``get_attr`` nodes into ``module``, mutations written back."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -315,6 +373,9 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> 
                 env[node].target = env[node].name
             continue
         target = str(spec.target)
+        if isinstance(exported.constants.get(target), Generator):
+            env[node] = _generator(graph, root, *generators.source(exported.constants[target]))
+            continue
         if spec.kind is InputKind.CONSTANT_TENSOR:
             target = f"constant_{node.name}"
             root.register_buffer(target, exported.constants[str(spec.target)], persistent=False)
@@ -324,20 +385,47 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module) -> 
         env[node].meta = dict(node.meta)
     inputs = {node.name: node for node in source.nodes if node.op == "placeholder"}
     results = []
+    writes: dict[fx.Node, fx.Node] = {}
     for spec, value in zip(exported.graph_signature.output_specs, source.output_node().args[0], strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
-            results.append(env[value])
+            results.append(seen_through(env[value], writes))  # what is returned of a written tensor is of it
             continue
         name = next(name for name, given in specs.items() if spec.target in (name, given.target))
-        written = env[inputs[name]]
-        write = graph.call_function(torch.ops.aten.copy_.default, (written, env[value]))
-        write.meta = {**env[value].meta, "val": written.meta["val"]}
-        env[value] = write  # a result that is the mutated tensor is that tensor
+        changed = env[inputs[name]]
+        write = graph.call_function(torch.ops.aten.copy_.default, (changed, env[value]))
+        write.meta = {**env[value].meta, "val": changed.meta["val"]}
+        writes[env[value]] = write
     graph.output(tuple(results))
     root.add_module(ROOT, module)
     captured = fx.GraphModule(root, graph, class_name="Captured")
     share_weights(captured, module)
     return captured
+
+
+def seen_through(result: fx.Node, others: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A result that is one of some tensors, or a view of one, as that of the other tensor in its place."""
+    if result in others:
+        return others[result]
+    memory = memories(result.meta["val"])
+    if all(memory.isdisjoint(memories(value.meta["val"])) for value in others):
+        return result
+    inputs = {read: seen_through(read, others) for read in result.all_input_nodes}
+    view = result.graph.node_copy(result, inputs.__getitem__)
+    view.meta = dict(result.meta)
+    return view
+
+
+def _generator(graph: fx.Graph, root: nn.Module, place: int | None, generator: Generator) -> fx.Node:
+    """A node for a generator that is drawn from: the call's own at that place, or one that is kept."""
+    if place is not None:
+        node = graph.call_function(given_generator, (place,))
+        node.meta = {"val": Generator(generator.device)}
+        return node
+    name = f"generator_{sum(isinstance(each, Generator) for each in vars(root).values())}"
+    setattr(root, name, generator)
+    node = graph.create_node("get_attr", name)
+    node.meta = {"val": generator}
+    return node
 
 
 def share_weights(graph_module: fx.GraphModule, module: nn.Module) -> None:
@@ -384,7 +472,7 @@ def _check_static(exported: torch.export.ExportedProgram, module: nn.Module) -> 
         if node.op != "call_function":
             continue
         if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
-            if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target in WRITING:
+            if not isinstance(node.target, torch._ops.HigherOrderOperator):
                 continue  # arithmetic on a symbolic size: what made the size is named instead
             what = f"{node.target} has graphs of its own"
             advice = f"Replace {node.target} there by operators on tensors, such as torch.where."
@@ -410,7 +498,7 @@ _OPERATORS = (
 
 def _is_users(file: str) -> bool:
     pythons = file.startswith(_PYTHON) and _PACKAGES not in file
-    return not pythons and not file.startswith((_TORCH, _PASSES, "<eval", "<string"))
+    return not pythons and not file.startswith((_TORCH, _PASSES, "<eval", "<string", "<frozen"))
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -436,8 +524,19 @@ def _capture_error(module: nn.Module, error: BaseException) -> CaptureError:
         frame = frame.tb_next
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     data_dependent = "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
-    advice = _VALUES if data_dependent else _OPERATORS
+    advice = _VALUES if data_dependent else getattr(error, "advice", _OPERATORS)
     return _error(module, path, source, f"{type(error).__name__}: {first}", advice)
+
+
+def _draw_error(module: nn.Module, generator: Any, found: Sequence[tuple[FrameType, int]]) -> CaptureError:
+    """Name the line at which a generator was drawn from or seeded that no graph draws from."""
+    names = {id(sub): name for name, sub in module.named_modules()}
+    path = source = ""
+    for frame, line in found:
+        source = f"{frame.f_code.co_filename}:{line}"
+        path = next((names[id(value)] for value in frame.f_locals.values() if id(value) in names), "")
+    kind = f"{type(generator).__module__}.{type(generator).__qualname__}"
+    return _error(module, path, source, f"forward draws from, or seeds, a {kind}", DrawError.advice)
 
 
 def _error(module: nn.Module, path: str, source: str, what: str, advice: str) -> CaptureError:

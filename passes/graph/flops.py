@@ -43,7 +43,7 @@ def flops(graph_module: fx.GraphModule) -> dict[fx.Node, int]:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
-            if not _may_count(node.target):
+            if isinstance(node.meta.get("val"), torch.Generator) or not _may_count(node.target):
                 counted[node] = 0
                 continue
             key = _key(node)

@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fxstream.passes.graph.effects import target_draws
 
 MOST = 2 << 20
 """Bytes of the largest tensor that is followed."""
@@ -67,7 +69,7 @@ class KnownValues(TorchFunctionMode):
         self._known.clear()
         self._kept = {id(tensor) for tensor in traced[self._count :]}
         for index, value in self._inputs.items():
-            with _out_of_sight():  # a copy, which the model may write to, of the same layout
+            with out_of_sight():  # a copy, which the model may write to, of the same layout
                 layout = value.storage_offset(), value.shape, value.stride()
                 copy = value.new_empty(0).set_(value.untyped_storage().clone(), *layout)
             self._tie(traced[index], copy, frozenset([index]))
@@ -108,13 +110,9 @@ class KnownValues(TorchFunctionMode):
         made = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
         if any(not isinstance(leaf, Tensor) or leaf.nbytes > MOST for leaf in made):
             return False
-        random = torch.get_rng_state()
         try:
             value = self._value(function, args, kwargs)
         except Exception:
-            return False
-        if not torch.equal(random, torch.get_rng_state()):
-            torch.set_rng_state(random)
             return False
         for leaf, known in zip(made, (v for v in pytree.tree_leaves(value) if v is not None), strict=True):
             self._tie(leaf, known, sources)
@@ -129,7 +127,7 @@ class KnownValues(TorchFunctionMode):
     def _value(self, function: Any, args: Any, kwargs: Any) -> Any:
         """What a function makes of the values."""
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._known[id(tensor)][1], (args, kwargs))
-        with _out_of_sight():
+        with out_of_sight(), _NoDraws():
             return pytree.tree_map_only(Tensor, Tensor.cpu, function(*args, **kwargs))
 
     def _constants(self, values: Any, device: torch.device, sources: frozenset[int]) -> Any:
@@ -137,7 +135,7 @@ class KnownValues(TorchFunctionMode):
         self.read |= sources
 
         def constant(value: Tensor) -> Tensor:
-            with _out_of_sight():
+            with out_of_sight():
                 numbers = value.tolist()
             made = torch.tensor(numbers, dtype=value.dtype, device=device).reshape(value.shape)
             self._tie(made, value, sources)
@@ -151,7 +149,7 @@ class KnownValues(TorchFunctionMode):
         for entry in index if isinstance(index, tuple) else (index,):
             if isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.dim() and id(entry) in self._known:
                 _, value, sources = self._known[id(entry)]
-                with _out_of_sight():
+                with out_of_sight():
                     where = value.nonzero(as_tuple=True)
                 positions.extend(self._constants(where, entry.device, sources))
             elif isinstance(entry, slice):
@@ -170,7 +168,7 @@ class KnownValues(TorchFunctionMode):
             return torch.repeat_interleave, (input, repeats, dim), rest
         _, value, sources = self._known[id(repeats)]
         input, dim = (input.flatten(), 0) if dim is None else (input, dim)
-        with _out_of_sight():
+        with out_of_sight():
             positions = torch.repeat_interleave(value.expand(input.shape[dim]))
         return torch.index_select, (input, dim, self._constants(positions, repeats.device, sources)), {}
 
@@ -181,10 +179,19 @@ class KnownValues(TorchFunctionMode):
 
 
 @contextmanager
-def _out_of_sight() -> Iterator[None]:
+def out_of_sight() -> Iterator[None]:
     """Compute for real, unseen by whoever traces."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
+
+
+class _NoDraws(TorchDispatchMode):
+    """Raises where random numbers would be drawn: those of a trace are not those of a call."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if target_draws(function, args, kwargs or {}):
+            raise RuntimeError(f"{function} draws")
+        return function(*args, **(kwargs or {}))
 
 
 def _is_followed(tensor: Tensor) -> bool:

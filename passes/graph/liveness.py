@@ -18,6 +18,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxstream.passes.graph.capture import module_path
+from fxstream.passes.graph.effects import draws
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.runtime.loop import SlicedLoop
 
@@ -176,7 +177,7 @@ def analyze(graph_module: fx.GraphModule) -> Liveness:
 def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
     """What a node allocates and frees again: a kernel's workspace, or the peak of a sliced loop's bodies."""
     if node.op != "call_module":
-        return workspace_bytes(node)
+        return 0 if _is_drawn_anew(node) else workspace_bytes(node)
     loop = graph_module.get_submodule(str(node.target))
     assert isinstance(loop, SlicedLoop)
     return max(map(body_bytes, loop.graphs().values()))
@@ -199,6 +200,12 @@ def bodies_bytes(loop: SlicedLoop) -> dict[int, int]:
     for step in loop.steps:
         most[step.length] = max(most.get(step.length, 0), peaks[step.body])
     return most
+
+
+def _is_drawn_anew(node: fx.Node) -> bool:
+    """Whether a node draws of a shape, or from a generator of its own: asked for its workspace, it would draw."""
+    reads = [read.meta["val"] for read in node.all_input_nodes]
+    return draws(node) and (not tensors_of(reads) or any(isinstance(value, torch.Generator) for value in reads))
 
 
 def profile(graph_module: fx.GraphModule) -> MemoryProfile:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxstream.passes.graph.effects import stays, writes, written_by
 from fxstream.passes.graph.liveness import storages_of
 from fxstream.passes.graph.propagate import propagate
 
@@ -22,6 +23,18 @@ aten = torch.ops.aten
 COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+LIKE = {
+    aten.rand_like.default: aten.rand.default,
+    aten.randn_like.default: aten.randn.default,
+    aten.randint_like.default: aten.randint.default,
+    aten.randint_like.low_dtype: aten.randint.low,
+    aten.rand_like.generator: aten.rand.generator,
+    aten.randn_like.generator: aten.randn.generator,
+    aten.randint_like.generator: aten.randint.generator,
+    aten.randint_like.low_generator_dtype: aten.randint.low_generator,
+}
+"""Draws of which a tensor tells the shape, and what draws the same of a shape."""
+
 SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
 STORAGE_COPIES = {*SCATTERS, aten.diagonal_scatter.default, aten.copy.default}
 """Operators that copy the whole storage that their first argument lies in."""
@@ -32,7 +45,7 @@ UNIT_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scala
 def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Normalize a captured graph in place and fill in its fake values anew."""
     graph = graph_module.graph
-    returned, written = _returned(graph), _written(graph)
+    returned, changed = _returned(graph), _changed(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -45,10 +58,10 @@ def normalize(graph_module: fx.GraphModule) -> fx.GraphModule:
             node.update_arg(0, shown)
         if _is_assertion(node):
             graph.erase_node(node)
-        elif _is_identity(node) and not _must_be_another(node, returned, written):
+        elif _is_identity(node) and not _must_be_another(node, returned, changed):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure)
+    graph.eliminate_dead_code(stays)
     propagate(graph)
     graph_module.recompile()
     return graph_module
@@ -68,10 +81,19 @@ def _forget_kind(node: fx.Node) -> None:
         value = node.meta["val"]
         node.target, node.args = aten._to_copy.default, node.args[:1]
         node.kwargs = {"dtype": value.dtype, "device": value.device}
+    elif node.target in LIKE and _is_plain(node.meta["val"]):
+        value, generator = node.meta["val"], node.kwargs.get("generator")
+        node.target, node.args = LIKE[node.target], (*node.args[1:], list(value.shape))
+        node.kwargs = {"dtype": value.dtype, "device": value.device} | ({"generator": generator} if generator else {})
     elif node.target in SCATTERS:  # an assignment to a part: what is assigned, converted to the part's dtype anyway
         base, part, *where = node.args
         if part.target is aten.copy.default and part.args[1].meta["val"].shape == part.meta["val"].shape:
             node.args = (base, part.args[1], *where)
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory as one of its shape does that is made without a model of its layout."""
+    return value.stride() == torch.empty(value.shape, device="meta").stride()
 
 
 def _forget_results(node: fx.Node) -> None:
@@ -87,7 +109,8 @@ def _forget_results(node: fx.Node) -> None:
 
 
 def _is_assertion(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and not node.target._schema.returns and not node.users
+    target = node.target
+    return isinstance(target, OpOverload) and not target._schema.returns and not node.users and not writes(node)
 
 
 def _is_identity(node: fx.Node) -> bool:
@@ -121,20 +144,12 @@ def _returned(graph: fx.Graph) -> set[int]:
     return {key for node in graph.output_node().all_input_nodes for key, _ in storages_of(node.meta["val"])}
 
 
-def _written(graph: fx.Graph) -> set[int]:
-    """Storages that the graph writes to, at its end: inputs and buffers."""
-    writes = [node for node in graph.nodes if isinstance(node.target, OpOverload) and node.target._schema.is_mutable]
-    return {key for node in writes for key, _ in storages_of(node.args[0].meta["val"])}
+def _changed(graph: fx.Graph) -> set[int]:
+    """Storages that the graph writes to."""
+    return {key for node in graph.nodes for read in written_by(node) for key, _ in storages_of(read.meta["val"])}
 
 
-def _must_be_another(node: fx.Node, returned: set[int], written: set[int]) -> bool:
-    """Whether a copy has to stay: a result lies in it, or what it copies is written later."""
-    source = {key for key, _ in storages_of(node.args[0].meta["val"])}
-    return not source.isdisjoint(written) or any(key in returned - source for key, _ in storages_of(node.meta["val"]))
-
-
-def is_impure(node: fx.Node) -> bool:
-    """Whether a node must stay though nothing reads it."""
-    if node.op in ("placeholder", "output"):
-        return True
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+def _must_be_another(node: fx.Node, returned: set[int], changed: set[int]) -> bool:
+    """Whether a copy has to stay: a result lies in it, or it or what it copies is written to."""
+    source, made = ({key for key, _ in storages_of(each.meta["val"])} for each in (node.args[0], node))
+    return source != made and not ((source | made).isdisjoint(changed) and made.isdisjoint(returned - source))

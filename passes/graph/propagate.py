@@ -43,6 +43,8 @@ def evaluate(node: fx.Node) -> Any:
 
     What a call makes anew is told once for all calls that are alike; a view is taken of its own source.
     """
+    if isinstance(node.meta.get("val"), torch.Generator):
+        return node.meta["val"]
     args, kwargs = arguments(node)
     target = node.target
     assert callable(target)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
+from fxstream.passes.graph.effects import draws
 from fxstream.passes.graph.flops import flops
 from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of
 from fxstream.passes.graph.propagate import fake_mode_of, fake_tensor
@@ -219,7 +220,7 @@ class Program:
         value = self.values[index]
         key = (value.key, out)
         if key not in self._memo:
-            self._memo[key] = backward(value.call, out)
+            self._memo[key] = None if draws(value.node) else backward(value.call, out)
         return self._memo[key]
 
     def forward(self, index: int, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
@@ -227,7 +228,7 @@ class Program:
         value = self.values[index]
         key = (value.key, tuple(known.items()))
         if key not in self._memo:
-            self._memo[key] = forward(value.call, known)
+            self._memo[key] = None if draws(value.node) else forward(value.call, known)
         return self._memo[key]
 
 
@@ -247,13 +248,18 @@ def _values(schedule: Iterable[fx.Node]) -> list[Value]:
     values = []
     for node in schedule:
         leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-        reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+        reads = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and not is_generator(leaf))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
         call = Call(node.target, args, kwargs, node.meta["val"])  # type: ignore[arg-type]
         key = numbers.setdefault(_key(node, call), len(numbers))
         strides = tuple(tensor.stride() for tensor in call.tensors if isinstance(tensor, torch.Tensor))
         values.append(Value(node, call, reads, key, numbers.setdefault((key, strides), len(numbers))))
     return values
+
+
+def is_generator(node: fx.Node) -> bool:
+    """Whether a node gives a generator of random numbers, and no tensor."""
+    return isinstance(node.meta.get("val"), torch.Generator)
 
 
 def _key(node: fx.Node, call: Call) -> Any:

@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from fxstream.passes.graph.effects import writes
 from fxstream.passes.operators.axes import Cut, Slice
 from fxstream.passes.planning.program import Program, is_getitem
 
@@ -143,6 +144,8 @@ class _Scanner:
     def scan(self) -> Run | None:
         end = self.start
         for index in range(self.start, len(self.program)):
+            if writes(self.program.values[index].node):
+                break
             from_run = (self.largest.get(at, 0) for at in self.program.reads[index])
             self.largest[index] = max(self.program.value_bytes[index], *from_run, 0)
             if index != self.start and not self._take(index):

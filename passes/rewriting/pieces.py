@@ -15,6 +15,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from fxstream.passes.graph.effects import has_effect
 from fxstream.passes.graph.liveness import Liveness
 
 aten = torch.ops.aten
@@ -76,5 +77,4 @@ def _is_fusible(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace not in ("aten", "prims"):
         return False
-    mutable, random = target._schema.is_mutable, torch.Tag.nondeterministic_seeded in target.tags
-    return not mutable and not random and target.overloadpacket not in KERNELS
+    return not has_effect(node) and target.overloadpacket not in KERNELS

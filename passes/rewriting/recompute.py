@@ -2,7 +2,8 @@
 
 A norm's statistics are known only when all of its input has been computed. Held, that input is in memory as a whole;
 computed twice, once for the statistics and once for its values, it is never. The same is done for any large value that
-is live where memory is high, if it can be computed from what is live then anyway or is much smaller than it.
+is live where memory is high, if it can be computed from what is live then anyway or is much smaller than it. What is
+drawn at random is not computed again, nor anything behind a write to a tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from fxstream.passes.graph.capture import rebuilt
+from fxstream.passes.graph.effects import draws, writes
 from fxstream.passes.graph.propagate import evaluate, fake_mode_of
 from fxstream.passes.planning.program import Program
 
@@ -66,6 +68,8 @@ def _closure(program: Program, storage: int, late: int) -> set[fx.Node] | None:
         node = pending.pop()
         if node in closure:
             continue
+        if draws(node):
+            return None
         closure.add(node)
         if sum(not program.is_view(program.position[each]) for each in closure) > MOST_NODES:
             return None
@@ -73,7 +77,8 @@ def _closure(program: Program, storage: int, late: int) -> set[fx.Node] | None:
             held = [storages[s] for s in of.get(read, ())]
             if any(s.death < late and s.bytes > SMALLER * made.bytes for s in held):
                 pending.append(read)
-    return closure
+    between = program.values[min(map(program.position.__getitem__, closure)) : late]
+    return None if any(writes(value.node) for value in between) else closure
 
 
 class _Copies:

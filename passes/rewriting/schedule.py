@@ -15,17 +15,18 @@ from math import inf
 from torch import fx
 
 from fxstream.passes.graph.capture import rebuilt
+from fxstream.passes.graph.effects import draws, writes
 from fxstream.passes.graph.liveness import Liveness, analyze
-from fxstream.passes.graph.normalize import is_impure
 
 
 def schedule(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The graph module in the order of the lowest peak; the same one where that is its own.
 
-    A graph that writes to its inputs or buffers is left as it is: its order has a meaning.
+    A graph that writes to tensors is left as it is: its order has a meaning. So has that of random draws, which stay
+    where they are while others move.
     """
     liveness = analyze(graph_module)
-    if any(is_impure(node) for node in liveness.schedule):
+    if any(writes(node) for node in liveness.schedule):
         return graph_module
     orders: list[Sequence[fx.Node]] = [liveness.schedule, _late(liveness, least=1), _late(liveness, least=0)]
     order = min(orders, key=lambda order: max(_in_order(liveness, order).live_bytes(), default=0))
@@ -53,7 +54,7 @@ def _late(liveness: Liveness, least: int) -> list[fx.Node]:
     place: dict[fx.Node, tuple[float, ...]] = {node: (at, inf) for at, node in enumerate(liveness.schedule)}
     moved = count()
     for at, node in reversed(list(enumerate(liveness.schedule))):
-        if _growth(liveness, at, node) >= least and node.users:
+        if node.users and not draws(node) and _growth(liveness, at, node) >= least:
             places = [place[user] for user in node.users if user.op != "output"]
             *first, _ = min(places, default=(len(place), inf))
             place[node] = (*first, next(moved), inf)  # before the first user, and after what is there already

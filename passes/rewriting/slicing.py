@@ -18,7 +18,8 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxstream.passes.graph.capture import graph_module_of, rebuilt
-from fxstream.passes.graph.normalize import copies_more, is_impure
+from fxstream.passes.graph.effects import stays
+from fxstream.passes.graph.normalize import copies_more
 from fxstream.passes.graph.propagate import evaluate, has_view
 from fxstream.passes.operators.axes import Span, with_arguments
 from fxstream.passes.planning.grouping import Group
@@ -77,7 +78,7 @@ class Slicer:
                 done = group.end
             else:
                 self._copy(node, graph, env, moved)
-        graph.eliminate_dead_code(is_impure)
+        graph.eliminate_dead_code(stays)
         sliced = rebuilt(source, graph, "Streamed", modules)
         fuse_norms(sliced)
         return sliced
@@ -252,7 +253,7 @@ class _Body:
                 result, piece = env[program.values[index].node], run.slices[index]
                 results.append(_narrowed(graph, result, piece, low - ranges.wanted[index][0], high - low))
         graph.output(tuple(results))
-        graph.eliminate_dead_code(is_impure)
+        graph.eliminate_dead_code(stays)
         module = graph_module_of(graph, {}, "Body")
         fuse_norms(module)
         return module

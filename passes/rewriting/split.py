@@ -1,22 +1,22 @@
 """Split: one captured graph -> a full graph, which also returns a cut's values, and a skip graph, which takes them.
 
 The full graph computes what the model does. The skip graph computes the same from the same inputs and the cut's values,
-without what no longer counts: dead code. Both take the captured graph's inputs; the skip graph's are followed by the
-values.
+without what no longer counts: dead code. What draws or writes counts in both. Both take the captured graph's inputs;
+the skip graph's are followed by the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
 from torch import fx
 
-from fxstream.passes.graph.capture import ROOT, module_path, share_weights
+from fxstream.passes.graph.capture import ROOT, module_path, seen_through, share_weights
+from fxstream.passes.graph.effects import has_effect, stays
 from fxstream.passes.graph.liveness import bytes_of, storages_of
-from fxstream.passes.graph.normalize import is_impure
 from fxstream.passes.graph.propagate import fake_mode_of, propagate
 
 aten = torch.ops.aten
@@ -62,19 +62,34 @@ def returning(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphM
         value = env[node]
         ((key, size),) = storages_of(value.meta["val"])
         if key in held or size > bytes_of(value.meta["val"]) or _is_outside(value):
-            value = graph.call_function(aten.clone.default, (value,))
-            value.meta = {**env[node].meta}
+            value = _clone(graph, value)
         held.add(key)
         values.append(value)
     graph.output((*results, *values))
     return _module(graph_module, graph)
 
 
+def _clone(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    copy = graph.call_function(aten.clone.default, (value,))
+    copy.meta = dict(value.meta)
+    return copy
+
+
 def subgraph(graph_module: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
-    """The graph that computes these values alone, from the same inputs."""
+    """The graph that computes these values alone, from the same inputs, and runs beside the others.
+
+    Raises ``ValueError`` where they need what has an effect, which would then take place twice.
+    """
     graph, env = _copied(graph_module, {})
     graph.output(tuple(env[node] for node in values))
-    return _module(graph_module, graph)
+    made = _module(graph_module, graph, lambda node: node.op in ("placeholder", "output"))
+    for node in made.graph.nodes:
+        if has_effect(node):
+            raise ValueError(
+                f"{node.name} of {module_path(node) or 'the model'} draws random numbers or writes to a tensor, which "
+                "a look at an early value would do a second time: give another schedule than a threshold"
+            )
+    return made
 
 
 def _is_outside(value: fx.Node) -> bool:
@@ -89,7 +104,12 @@ def _is_outside(value: fx.Node) -> bool:
 
 def _skip(graph_module: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
     graph, env = _copied(graph_module, {node: f"cut_{index}" for index, node in enumerate(cut)})
-    graph.output(tuple(env[node] for node in _results(graph_module.graph)))
+    propagate(graph)
+    results = [env[node] for node in _results(graph_module.graph)]
+    returned = {key for node in results for key, _ in storages_of(node.meta["val"])}
+    held = [env[node] for node in cut if any(key in returned for key, _ in storages_of(env[node].meta["val"]))]
+    copies = {value: _clone(graph, value) for value in held}  # what is returned is the caller's, who may write to it
+    graph.output(tuple(seen_through(node, copies) for node in results))
     return _module(graph_module, graph)
 
 
@@ -119,8 +139,8 @@ def _results(graph: fx.Graph) -> Iterable[fx.Node]:
     return results
 
 
-def _module(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    graph.eliminate_dead_code(is_impure)
+def _module(source: fx.GraphModule, graph: fx.Graph, kept: Callable[[fx.Node], bool] = stays) -> fx.GraphModule:
+    graph.eliminate_dead_code(kept)
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     made = fx.GraphModule({name: attrgetter(name)(source) for name in names}, graph, class_name="Split")
     share_weights(made, source.get_submodule(ROOT))

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from fxstream.passes.graph.effects import stays
 from fxstream.passes.graph.liveness import analyze, bytes_of
-from fxstream.passes.graph.normalize import is_impure
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.passes.operators.axes import Call
 from fxstream.passes.rewriting.expand import Nodes, derived, expand
@@ -96,7 +96,7 @@ def fuse_norms(graph_module: fx.GraphModule) -> None:
         else:
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure)
+    graph.eliminate_dead_code(stays)
     graph_module.recompile()
 
 

@@ -117,3 +117,40 @@ class TestErrors:
         relu = node(graph_module, "relu")
         made = split(graph_module, [relu])
         assert [n.name for n in made.skip.graph.nodes if n.op == "call_function"] == ["add"]
+
+
+class Noisy(torch.nn.Module):
+    """Draws before and after what a skipped step takes, and returns that, a view of it, and an input."""
+
+    def forward(self, sample, timestep):
+        first = torch.rand_like(sample)
+        deep = (sample * 2 + first * timestep).sin().cos()
+        return deep, deep[0], sample, torch.rand_like(sample) + timestep
+
+
+def test_draws_take_place_in_both_graphs_and_what_is_returned_is_the_callers():
+    x, t = torch.ones(2, 3), torch.tensor(500.0)
+    graph_module = normalize(capture(Noisy(), (x, t)).graph_module)
+    made = split(graph_module, [node(graph_module, "cos")])
+    torch.manual_seed(0)
+    *expected, value = made.full(x, t)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    results = made.skip(x, t, value)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    assert [r.stride() for r in results] == [r.stride() for r in expected]
+    assert results[1].data_ptr() == results[0].data_ptr() and results[2] is x
+    results[0].zero_()
+    expected[0].zero_()
+    assert not results[1].any() and value.all()
+
+
+def test_a_look_at_an_early_value_draws_nothing():
+    graph_module = normalize(capture(Noisy(), (torch.ones(2, 3), torch.tensor(500.0))).graph_module)
+    early = subgraph(graph_module, [node(graph_module, "mul")])
+    state = torch.get_rng_state()
+    early(torch.ones(2, 3), torch.tensor(500.0))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="would do a second time: give another schedule"):
+        subgraph(graph_module, [node(graph_module, "cos")])
