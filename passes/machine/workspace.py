@@ -235,7 +235,8 @@ def _costed(call: Call) -> tuple[Call, _Cost]:
     except (RuntimeError, NotImplementedError):  # the operator can't be told without running it
         out = ()
     tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs, out)) if isinstance(x, Tensor)]
-    slow = SLOW if convolves_plainly(call.target, call.args, call.tensors[0].shape) else 1
+    plain = bool(call.tensors) and convolves_plainly(call.target, call.args, call.tensors[0].shape)
+    slow = SLOW if plain else 1
     cost = _Cost(sum(x.numel() * x.element_size() for x in tensors), slow * counter.get_total_flops())
     return Call(call.target, call.args, call.kwargs, out), cost
 
