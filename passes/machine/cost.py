@@ -132,6 +132,11 @@ def convolves_plainly(target: Any, args: Sequence[Any], shape: Sequence[int]) ->
     return not (pays and (groups > 1 or min(height, width) > 3 or batch > 1 or prod(shape[:4]) > 20480))
 
 
+def computes_plainly(dtype: torch.dtype) -> bool:
+    """Whether the CPU's products and convolutions of a reduced type are torch's own, which are slow."""
+    return dtype in (torch.bfloat16, torch.float16) and not _in_onednn(dtype)
+
+
 @cache
 def _in_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN has kernels for a reduced type on this machine."""

@@ -27,7 +27,7 @@ from fxstream.passes.machine.cost import convolves_plainly
 from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
 
-MOST_BYTES, MOST_FLOPS, SLOW = 64 << 20, 1 << 30, 8
+MOST_BYTES, MOST_FLOPS, SLOW = 16 << 20, 1 << 28, 8
 FARTHEST = 16
 """A call that moves or computes more is measured smaller, or not at all if that many times more; what a FLOP
 counts where torch's plain convolution does it."""

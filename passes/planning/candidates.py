@@ -235,12 +235,10 @@ class _Sweep:
         """Take one sliced node; False where it can't be in a loop that begins after what it reads was made."""
         program, extent, slices = self.program, self.run.extent, self.run.slices
         size, piece, cut = program.born_bytes[index], slices[index], self.run.cuts[index]
-        inside, whole = [], 0
+        whole = 0
         reach = own = cut.reach * extent
         for (node, at, size_of), read in zip(program.edges[index], cut.inputs, strict=True):
-            own_value = at >= self.start and at in slices
-            inside.append(own_value)
-            if own_value:
+            if at >= self.start and at in slices:
                 reach = max(reach, own + self.reach[at])
                 continue
             if read is None and node.op != "get_attr":
@@ -253,7 +251,7 @@ class _Sweep:
             self.outputs[index] = size
             self.body += size / extent
             self.short += size / extent * reach
-        fixed, step = program.transient(index, piece, cut, tuple(inside))
+        fixed, step = program.transient(index, piece, cut)
         step *= piece.extent / extent
         self._moment(fixed - self.short - step * reach, self.body + step)
         self.body -= self.expiring.pop(index, 0.0)

@@ -25,6 +25,9 @@ from fxstream.passes.machine.workspace import call_workspace_bytes
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, forward, with_arguments
 from fxstream.passes.operators.layout import slice_layout
 
+ASKED_SHARE = 1 / 64
+"""What a slice of a call allocates is asked where the whole call's workspace is at least this share of the peak."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -159,18 +162,20 @@ class Program:
                 activations += size
         return activations, weights
 
-    def transient(self, index: int, out: Slice, cut: Cut, inside: tuple[bool, ...]) -> tuple[float, float]:
+    def transient(self, index: int, out: Slice, cut: Cut) -> tuple[float, float]:
         """Workspace of a sliced node: bytes that any slice needs, and bytes for each step of the axis in it.
 
-        ``inside`` tells which of its tensors are the body's own, the others being windows of whole ones.
+        An estimate: of what makes no difference to the peak each step has its share, and no kernel is run for it.
         """
-        value = self.values[index]
-        key = (value.layout, out, inside)
+        whole = self.liveness.transient[index]
+        short = max(1, out.extent // 16)
+        if whole < ASKED_SHARE * self.peak_bytes or short == out.extent:
+            return 0.0, whole / out.extent
+        key = (self.values[index].layout, out)
         if key not in self._memo:
-            long, short = max(1, out.extent // 4), max(1, out.extent // 16)
-            most, least = (self._workspace(value.call, out, cut, inside, length) for length in (long, short))
-            step = (most - least) / (long - short) if long > short else most / long
-            self._memo[key] = max(0.0, least - step * short), max(0.0, step)
+            least = self._workspace(self.values[index].call, out, cut, short)
+            step = max(0.0, (whole - least) / (out.extent - short))
+            self._memo[key] = max(0.0, least - step * short), step
         return self._memo[key]
 
     def least_steps(self, index: int, out: Slice, cut: Cut) -> int:
@@ -192,21 +197,21 @@ class Program:
             self._memo[key] = bisect_left(lengths, True, key=is_fast) + 1 if is_fast(out.extent) else 0
         return self._memo[key]
 
-    def _workspace(self, call: Call, out: Slice, cut: Cut, inside: tuple[bool, ...], length: int) -> int:
+    def _workspace(self, call: Call, out: Slice, cut: Cut, length: int) -> int:
         if not isinstance(call.target, OpOverload) or not isinstance(call.out, torch.Tensor):
             return 0
         part = ((out.extent - length) // 2, (out.extent + length) // 2)
         window = cut.window(part)
         with torch.no_grad(), self.mode:
             parts = iter(
-                x if piece is None else _part(self.mode, x, piece, window[1] - window[0], dense=own or piece.outer > 1)
-                for x, piece, own in zip(call.tensors, cut.inputs, inside, strict=True)
+                x if piece is None else _part(self.mode, x, piece, window[1] - window[0])
+                for x, piece in zip(call.tensors, cut.inputs, strict=True)
             )
             leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
             leaves = [next(parts) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             args, kwargs = with_arguments(call.target, args, kwargs, cut.place(part, window)[0])
-            result = _part(self.mode, call.out, out, part[1] - part[0], dense=True)
+            result = _part(self.mode, call.out, out, part[1] - part[0])
             return call_workspace_bytes(call.target, result, args, kwargs)
 
     @cached_property
@@ -232,14 +237,13 @@ class Program:
         return self._memo[key]
 
 
-def _part(mode: FakeTensorMode, whole: torch.Tensor, piece: Slice, length: int, dense: bool) -> torch.Tensor:
-    """A tensor of the layout of a slice: a window of the whole, or dense in the whole's order of dimensions."""
+def _part(mode: FakeTensorMode, whole: torch.Tensor, piece: Slice, length: int) -> torch.Tensor:
+    """A tensor of the size of a slice, dense in the whole's order of dimensions."""
     size, stride = piece.resized(whole.shape, length), list(whole.stride())
-    if dense:
-        step = 1
-        for dim in sorted(range(whole.ndim), key=lambda dim: (whole.stride(dim), -dim)):
-            stride[dim] = step
-            step *= size[dim]
+    step = 1
+    for dim in sorted(range(whole.ndim), key=lambda dim: (whole.stride(dim), -dim)):
+        stride[dim] = step
+        step *= size[dim]
     return fake_tensor(mode, size, stride, whole.dtype, whole.device)
 
 
