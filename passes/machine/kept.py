@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+WAY = 1
+"""The way of measuring, of which each has files of its own: raised where what is measured, or how, changes."""
+
 Trace = tuple[int, ...]
 """Bytes of each allocation of a call, and of each release as a negative number, in their order."""
 
@@ -62,7 +65,7 @@ class Kept:
 
     def __init__(self, device: str) -> None:
         self.name = machine_name(device)
-        self.path = folder() / "workspaces" / f"{slug(self.name)}.jsonl"
+        self.path = folder() / "workspaces" / f"{slug(self.name)}.{WAY}.jsonl"
         self.traces: dict[str, Trace | None] = {}
         self._new: list[str] = []
         try:

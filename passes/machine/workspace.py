@@ -23,15 +23,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.machine import allocations
 from fxstream.passes.machine.allocations import apart, workspace_of
-from fxstream.passes.machine.cost import convolves_plainly
+from fxstream.passes.machine.cost import computes_plainly, convolves_plainly
 from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
 
-MOST_BYTES, MOST_FLOPS, SLOW = 16 << 20, 1 << 28, 8
+MOST_BYTES, MOST_FLOPS, SLOW = 16 << 20, 1 << 30, 8
 FARTHEST = 16
 """A call that moves or computes more is measured smaller, or not at all if that many times more; what a FLOP
 counts where torch's plain convolution does it."""
 
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+"""Which converts reduced types block by block, and is as fast in them."""
 
 Workspace = Callable[..., int]
 _STATED: dict[OpOverload, Workspace] = {}
@@ -235,7 +238,10 @@ def _costed(call: Call) -> tuple[Call, _Cost]:
     except (RuntimeError, NotImplementedError):  # the operator can't be told without running it
         out = ()
     tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs, out)) if isinstance(x, Tensor)]
-    plain = bool(call.tensors) and convolves_plainly(call.target, call.args, call.tensors[0].shape)
+    plain = bool(call.tensors) and (
+        convolves_plainly(call.target, call.args, call.tensors[0].shape)
+        or (computes_plainly(call.tensors[0].dtype) and call.target is not ATTENTION)
+    )
     slow = SLOW if plain else 1
     cost = _Cost(sum(x.numel() * x.element_size() for x in tensors), slow * counter.get_total_flops())
     return Call(call.target, call.args, call.kwargs, out), cost
