@@ -100,6 +100,8 @@ def fit_graph(
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
     with internal_errors("planning", graph_module):
         streamed = stream(graph_module, allowed, allow_recompute)
+        if allowed is not None and streamed.after.peak_bytes > allowed:
+            streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
         made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
     if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
         raise _budget_error(made, budget, allowed, held, held_bytes, resident)

@@ -79,18 +79,15 @@ def stream(
     ``most_outer`` bodies, all together.
     """
     search = Search(graph_module, most_outer)
-    best = search.unchanged
-    for target in dict.fromkeys((budget, None)):
-        for spare in (False, True) if allow_recompute else (False,):
-            if budget is not None and best.after.peak_bytes <= budget:
-                return best
-            found = search.streamed(target, MOST_ADDED * sum(flops(graph_module).values()) if spare else 0.0)
-            best = min(best, found, key=lambda block: block.after.peak_bytes)
-    return best
+    found = search.streamed(budget, 0.0)
+    if not allow_recompute or (budget is not None and found.after.peak_bytes <= budget):
+        return found
+    spare = MOST_ADDED * sum(flops(graph_module).values())
+    return min(found, search.streamed(budget, spare), key=lambda block: block.after.peak_bytes)
 
 
 class Search:
-    """Ways to stream one graph: what is found out of it, and of the bodies of its loops, serves every budget."""
+    """Ways to stream one graph: what is found out of it, and of the bodies of its loops, serves all that are tried."""
 
     def __init__(self, graph_module: fx.GraphModule, most_outer: int) -> None:
         self.given, self.most_outer = graph_module, most_outer
