@@ -161,6 +161,7 @@ def _on_meta(target: OpOverload, args: Any, kwargs: Any) -> Call:
         return torch.empty_strided(x.shape, stride, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
 
     args, kwargs = pytree.tree_map_only(Tensor, meta, (tuple(args), dict(kwargs)))
+    args, kwargs = pytree.tree_map_only(torch.Generator, lambda generator: None, (args, kwargs))  # not the user's own
     return Call(target, args, kwargs, None)
 
 
