@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -21,12 +21,6 @@ from fxstream.passes.graph.parts import POSITION
 from fxstream.passes.graph.places import Place, describe, put, value_at
 from fxstream.passes.graph.snapshot import Change, Snapshot
 from fxstream.passes.graph.structure import Flattened, Made, flatten, unflatten
-
-if TYPE_CHECKING:
-    pass
-
-MOST_TRACED = 4
-"""Captures of one call in the states that it leaves one after another, until they settle."""
 
 MOST_SHOWN = 80
 """Characters of a value in an error."""
