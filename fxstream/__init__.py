@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxstream.api import optimize, plan, restore
-    from fxstream.errors import CaptureError, FxstreamError, GradientError, MemoryBudgetError
+    from fxstream.errors import CaptureError, FxstreamError, GradientError, InternalError, MemoryBudgetError
     from fxstream.module import StreamedModule
     from fxstream.pipeline.plan import PipelinePlan
     from fxstream.rehash.calibrate import calibrate

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxstream.budget import Budget
+from fxstream.disk import Disk
 from fxstream.model import optimize_model
 from fxstream.planned import compile_call
 from fxstream.rehash.settings import StepRehash
@@ -20,12 +21,13 @@ def plan(
     *,
     memory_budget: str | int | float = "min",
     allow_recompute: bool = False,
+    offload: str | None = None,
     **call: Any,
 ) -> Any:
     """Plan one call of a module, or of a bound method of one. Runs nothing, changes nothing. Returns a ``Plan``.
 
     ``args`` and ``kwargs`` are example inputs; they and the weights may be fake or on the meta device.
-    ``memory_budget`` and ``allow_recompute`` are as for ``optimize``.
+    ``memory_budget``, ``allow_recompute`` and ``offload`` are as for ``optimize``.
 
     A diffusers pipeline is planned for the call with the arguments ``call``, such as ``height``, ``width`` and
     ``num_frames``: a ``PipelinePlan``. Without any, it is what an optimized pipeline has planned so far.
@@ -33,14 +35,15 @@ def plan(
     Raises ``ValueError`` (the budget can't be read, the inputs don't fit the model's signature), ``CaptureError`` (the
     model can't be captured as one graph) and ``MemoryBudgetError`` (no plan meets the budget).
     """
-    budget = Budget.parse(memory_budget)
+    budget, disk = Budget.parse(memory_budget), Disk.parse(offload)
     if is_pipeline(model):
+        _refuse_offload(disk, "a pipeline")
         from fxstream.pipeline.pipeline import plan_pipeline
 
         keywords = {"budget": budget, "allow_recompute": allow_recompute}
         return plan_pipeline(model, keywords, _named(args, kwargs, call))
     _refuse(call, "plan", model)
-    return compile_call(model, args, kwargs or {}, budget, allow_recompute).plan
+    return compile_call(model, args, kwargs or {}, budget, allow_recompute, weights_move=disk is not None).plan
 
 
 def optimize(
@@ -52,6 +55,7 @@ def optimize(
     allow_recompute: bool = False,
     step_rehash: StepRehash | None = None,
     compile: str | None = None,
+    offload: str | None = None,
     **call: Any,
 ) -> Any:
     """A module that stands where ``model`` stood, and computes the same within a memory budget.
@@ -63,6 +67,12 @@ def optimize(
 
     ``compile`` names a backend of torch.compile, such as ``"inductor"``, that compiles what is planned: the loops'
     bodies, each once, and what is between the loops.
+
+    With ``offload="disk"`` or ``"disk:FOLDER"`` weights may live on disk, and are read ahead of their use into memory
+    that is freed after it: the budget holds for activations and the weights that are in memory together (a share is of
+    the activation peak and all weights). A weight that is mapped from a file, as ``from_pretrained`` and
+    ``torch.load(mmap=True)`` leave it, is read from that; of the others, those that are to be read are moved to a file
+    without a name in the folder, which is gone when they are. On the CPU alone.
 
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
@@ -76,7 +86,7 @@ def optimize(
     ``call``, arguments of the pipeline's call such as ``height``, ``width`` and ``num_frames``, all stages are planned
     now. ``restore`` undoes it.
     """
-    budget = Budget.parse(memory_budget)
+    budget, disk = Budget.parse(memory_budget), Disk.parse(offload)
     if not isinstance(step_rehash, StepRehash | None):
         raise TypeError(f"step_rehash={step_rehash!r} is no StepRehash: give StepRehash(...)")
     backend = None
@@ -84,7 +94,10 @@ def optimize(
         from fxstream.compiled import check_compiler  # and with it Dynamo, which takes seconds
 
         backend = check_compiler(compile, "compile")
+    if step_rehash is not None:
+        _refuse_offload(disk, "Step Rehash")
     if is_pipeline(model):
+        _refuse_offload(disk, "a pipeline")
         from fxstream.pipeline.pipeline import optimize_pipeline
 
         keywords = {
@@ -95,7 +108,7 @@ def optimize(
         }
         return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call))
     _refuse(call, "optimize", model)
-    streamed = optimize_model(model, budget, allow_recompute, step_rehash, backend)
+    streamed = optimize_model(model, budget, allow_recompute, step_rehash, backend, disk=disk)
     if example_args is not None or example_kwargs is not None:
         streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
     return streamed
@@ -113,6 +126,11 @@ def restore(pipeline: Any) -> Any:
 def is_pipeline(model: Any) -> bool:
     """Whether this is a pipeline as diffusers has them: something to call that is made of components."""
     return callable(model) and not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), dict)
+
+
+def _refuse_offload(disk: Disk | None, what: str) -> None:
+    if disk is not None:
+        raise ValueError(f"offload= does not go with {what} yet: optimize a module, or a bound method of one, with it")
 
 
 def _named(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, call: Mapping[str, Any]) -> dict[str, Any]:

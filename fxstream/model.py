@@ -9,8 +9,10 @@ import torch
 
 from fxstream.budget import Budget, Resident
 from fxstream.compile.regions import Region
+from fxstream.disk import Disk, refuse_elsewhere
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.capture import owner
 from fxstream.passes.graph.places import Place
 from fxstream.planned import Compiled, compile_call
 from fxstream.rehash.rehash import rehash_module
@@ -24,16 +26,22 @@ def optimize_model(
     step_rehash: StepRehash | None = None,
     backend: str | None = None,
     resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
+    disk: Disk | None = None,
 ) -> StreamedModule:
     """A streamed module in place of ``model``, or with ``step_rehash`` one that skips steps.
 
     ``resident``, given a call's input tensors, says what the device holds beside them and the activations; by itself a
-    module is taken to be alone there with the weights that the call uses.
+    module is taken to be alone there with the weights that the call uses. With ``disk`` weights may live there.
     """
+    if disk is not None:
+        refuse_elsewhere(owner(model)[0].parameters())
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any], live: Collection[Place]) -> Compiled:
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
-        return compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live)
+        compiled = compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live, disk is not None)
+        if disk is not None:
+            disk.take(compiled, owner(model)[0])
+        return compiled
 
     def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
         if resident is None or compiled.resident is None or budget.total_bytes is None:
@@ -43,4 +51,5 @@ def optimize_model(
 
     if step_rehash is not None:
         return rehash_module(model, budget, step_rehash, allow_recompute, backend, resident, fits)
-    return StreamedModule(model, compiler, Region(budget, backend, allow_recompute), fits)
+    region = Region(budget, backend, allow_recompute) if disk is None else None
+    return StreamedModule(model, compiler, region, fits)

@@ -84,6 +84,8 @@ class StreamedModule(nn.Module):
             self.__dict__[name] = getattr(module, name)
         self._compiler = compiler
         self._region = region
+        # What torch.compile can't have in its graph, it has to leave to Python.
+        self._apart = None if region is not None else torch.compiler.disable(StreamedModule.forward)
         self._fits = fits
         self._compiled: dict[Any, Compiled] = {}
         self._read: dict[Any, frozenset[int]] = {}
@@ -153,9 +155,12 @@ class StreamedModule(nn.Module):
 
         Raises ``GradientError`` where autograd would record, and what ``optimize`` raises where the call is planned.
         """
-        if torch.compiler.is_dynamo_compiling() and self._region is not None:
+        if torch.compiler.is_dynamo_compiling():
+            if self._apart is not None:
+                return self._apart(self, *args, **kwargs)
             from fxstream.compile.region import region
 
+            assert self._region is not None
             function = self.__dict__["_function"]
             return region(lambda: function(*args, **kwargs), token=self._region.token)
         inputs = Inputs.of(args, kwargs)

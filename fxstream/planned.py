@@ -20,6 +20,7 @@ from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.places import Place
 from fxstream.passes.graph.turns import turn
+from fxstream.passes.offload import offload
 from fxstream.passes.stream import stream
 from fxstream.report import Plan, make_plan
 
@@ -49,14 +50,15 @@ def compile_call(
     resident: Resident | None = None,
     backend: str | None = None,
     live: Collection[Place] = (),
+    weights_move: bool = False,
 ) -> Compiled:
     """Capture, plan and rewrite one call; compile it by ``backend`` if there is one.
 
-    Tensors at ``live`` places in the model are inputs of the graph.
+    Tensors at ``live`` places in the model are inputs of the graph. With ``weights_move`` its weights may live on disk.
     """
     refuse_caches(model)
     began = time.perf_counter()
-    planned = plan_captured(capture(model, args, kwargs, live), budget, began, allow_recompute, resident)
+    planned = plan_captured(capture(model, args, kwargs, live), budget, began, allow_recompute, resident, weights_move)
     return replace(planned, run=compiled_by(backend, planned.graph_module))
 
 
@@ -67,11 +69,16 @@ def plan_captured(
     began: float,
     allow_recompute: bool = False,
     resident: Resident | None = None,
+    weights_move: bool = False,
 ) -> Compiled:
     """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
     with internal_errors("normalizing", captured.graph_module):
         graph_module = normalize(captured.graph_module)
-    fitted, made = fit_graph(graph_module, budget, time.perf_counter() - began, allow_recompute, resident)
+    seconds = time.perf_counter() - began
+    if weights_move:
+        fitted, made = fit_with_weights(graph_module, budget, seconds, allow_recompute)
+    else:
+        fitted, made = fit_graph(graph_module, budget, seconds, allow_recompute, resident)
     return Compiled(captured, fitted, made, fitted.forward, resident)
 
 
@@ -108,6 +115,26 @@ def fit_graph(
     return written(streamed.graph_module), made
 
 
+def fit_with_weights(
+    graph_module: fx.GraphModule, budget: Budget, seconds: float, allow_recompute: bool = False
+) -> tuple[fx.GraphModule, Plan]:
+    """Rewrite a graph to a budget for its activations and those of its weights that are on the device together.
+
+    A share refers to the captured graph's peak and all its weights. Its capture took ``seconds``.
+    """
+    planning = time.perf_counter()
+    with internal_errors("planning", graph_module):
+        before = profile(graph_module)
+        inputs = int(before.input_bytes)
+        limit = budget.activation_bytes(before.peak_bytes + before.weight_bytes, inputs)
+        block, homes = offload(graph_module, limit, allow_recompute)
+        times = {"capture": seconds, "planning": time.perf_counter() - planning}
+        made = make_plan(before, block, limit, times, homes)
+    if limit is not None and homes.peak_bytes > limit:
+        raise _budget_error(made, budget, limit, inputs, 0, None)
+    return written(block.graph_module), made
+
+
 def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[..., Any]:
     """The graph as it is run: compiled by a backend of torch.compile, if one is named."""
     if backend is None:
@@ -120,9 +147,12 @@ def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[.
 def _budget_error(
     made: Plan, budget: Budget, allowed: int, held: int, cached: int, resident: Resident | None
 ) -> MemoryBudgetError:
-    account = "activations alone" if budget.share is not None else "weights, inputs and activations"
+    offloaded = bool(made.fetched)
+    account = "weights, inputs and activations"
+    if budget.share is not None:
+        account = "weights and activations" if offloaded else "activations alone"
     extra = cached if budget.share is not None else held + cached
-    lowest = made.after.peak_bytes + extra
+    lowest = made.after.peak_bytes + extra + (made.after.weight_bytes if offloaded else 0)
     largest = made.after.holders[0] if made.after.holders else None
     where = made.after.nodes[made.after.peak_index]
     stage = resident.stage if resident else ""
@@ -138,6 +168,8 @@ def _budget_error(
         message += f". Held between steps: {format_bytes(cached)}"
     if budget.share is None and held + cached >= allowed + extra:
         message += f". Weights and inputs alone hold {format_bytes(held)}"
+        if not offloaded and resident is None and made.weight_bytes:
+            message += ': with offload="disk" weights can be read when they are needed'
     elif stage and budget.share is None:
         message += f". Beside its activations the pipeline holds {format_bytes(held + cached)}"
     message += (

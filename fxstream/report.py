@@ -14,6 +14,7 @@ from fxstream.passes.graph.capture import module_path
 from fxstream.passes.graph.liveness import MemoryProfile
 from fxstream.passes.machine.kept import machine_name
 from fxstream.passes.planning.barriers import Barrier, barriers, unmeasured
+from fxstream.passes.planning.homes import Homes
 from fxstream.passes.planning.tree import Block, Loop
 
 T = TypeVar("T")
@@ -53,6 +54,19 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True)
+class FetchedWeight:
+    """A weight that lives on disk: its ``bytes`` are fetched ``times`` in a call, in the loop ``inside`` if not "".
+
+    ``name`` is that of the attribute, as the rewritten graph has it.
+    """
+
+    name: str
+    bytes: int
+    times: int
+    inside: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What streaming one call does: memory ``before`` and ``after`` over weights and inputs, and the loops.
 
@@ -60,7 +74,7 @@ class Plan:
     time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
     ``added_flops`` are the floating point operations of values that are computed again. ``machine`` is the one whose
     kernels' workspaces are counted; ``unmeasured`` are the operators whose workspace is not known there, and counts as
-    none.
+    none. ``fetched`` are the weights that live on disk, of which ``after`` counts as weights none.
     """
 
     before: MemoryProfile
@@ -72,11 +86,17 @@ class Plan:
     added_flops: int = 0
     machine: str = ""
     unmeasured: tuple[Barrier, ...] = ()
+    fetched: tuple[FetchedWeight, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
-        """The most that a call allocates, over weights and inputs."""
+        """The most that a call allocates, over weights that stay and inputs."""
         return self.after.peak_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of weights that a call fetches."""
+        return sum(weight.bytes * weight.times for weight in self.fetched)
 
     @property
     def weight_bytes(self) -> int:
@@ -100,16 +120,24 @@ class Plan:
 
     def summary(self) -> str:
         """Before and after, in a table."""
-        held = self.weight_bytes + self.input_bytes
-        rows: list[tuple[str, int, int]] = [
-            ("activation peak", self.before.peak_bytes, self.after.peak_bytes),
-            ("weights", self.weight_bytes, self.weight_bytes),
-            ("inputs", self.input_bytes, self.input_bytes),
-            ("all", self.before.peak_bytes + held, self.after.peak_bytes + held),
-        ]
-        table = [[name, format_bytes(before), format_bytes(after)] for name, before, after in rows]
-        again = f"\n\nValues computed again: {self.added_flops / 1e9:,.1f} GFLOP" if self.added_flops else ""
-        return tabulate(table, headers=["", "before", "after"], stralign="right") + again
+        before, after = self.before, self.after
+        rows = {
+            "peak of activations and fetched weights" if self.fetched else "activation peak": (
+                before.peak_bytes,
+                after.peak_bytes,
+            ),
+            "weights that stay" if self.fetched else "weights": (before.weight_bytes, after.weight_bytes),
+            "inputs": (self.input_bytes, self.input_bytes),
+        }
+        rows["all"] = sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values())
+        table = [[name, *map(format_bytes, sizes)] for name, sizes in rows.items()]
+        text = tabulate(table, headers=["", "before", "after"], stralign="right")
+        if self.added_flops:
+            text += f"\n\nValues computed again: {self.added_flops / 1e9:,.1f} GFLOP"
+        if self.fetched:
+            names = len({weight.name for weight in self.fetched})
+            text += f"\n\nWeights on disk: {names}, of which a call reads {format_bytes(self.moved_bytes)}"
+        return text
 
     @staticmethod
     def holders_table(peak: MemoryProfile) -> str:
@@ -164,13 +192,23 @@ class Plan:
         return tabulate(rows, headers=["operator", "nodes", "largest live bytes"])
 
 
-def make_plan(before: MemoryProfile, block: Block, budget_bytes: int | None, seconds: dict[str, float]) -> Plan:
+def make_plan(
+    before: MemoryProfile,
+    block: Block,
+    budget_bytes: int | None,
+    seconds: dict[str, float],
+    homes: Homes | None = None,
+) -> Plan:
     """The plan that a streamed graph carries out."""
     position = {name: index for index, name in enumerate(before.nodes)}
     groups = tuple(_groups(block, position, (), 0))
     after, blocked = _unfolded(block), barriers(block.program)
     machine, unknown = machine_name(block.program.device.type), unmeasured(block.program)
-    return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown)
+    fetched = tuple(
+        FetchedWeight(stay.weight.name, stay.weight.bytes, stay.times, "/".join(stay.path))
+        for stay in (homes.stays if homes else ())
+    )
+    return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown, fetched)
 
 
 def _unfolded(block: Block) -> MemoryProfile:

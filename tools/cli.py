@@ -117,6 +117,9 @@ def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
     _target(command)
     _size(command)
     _budget_option(command)
+    command.add_argument(
+        "--offload", choices=["disk"], help="weights may live on disk, so that the budget may be below them"
+    )
     command.add_argument("--measure", action="store_true", help="run it too, on random weights, and measure the peaks")
     forms = command.add_argument_group(
         "forms of output", "Of text, without FILE (or with -), one goes to standard output in place of the report."

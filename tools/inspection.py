@@ -73,7 +73,7 @@ def inspect(name: str, args: argparse.Namespace) -> Inspected:
     with progress(f"building {name}", args.quiet):
         target = load(name, size, component=args.component, small=args.small, fake=not args.measure)
     with progress("capturing and planning", args.quiet):
-        compiled = planned(target, args.budget)
+        compiled = planned(target, args.budget, args.offload)
     about: dict[str, Any] = {
         "target": target.name,
         "model": target.kind,
@@ -89,12 +89,16 @@ def inspect(name: str, args: argparse.Namespace) -> Inspected:
     return Inspected(target, compiled, document.document(compiled.plan, compiled.graph_module, about))
 
 
-def planned(target: Target, budget: str | int | float) -> Compiled:
+def planned(target: Target, budget: str | int | float, offload: str | None = None) -> Compiled:
     """The plan of a target. Raises ``UsageError`` where there is none."""
     try:
-        return compile_call(target.call, target.args, target.kwargs, Budget.parse(budget))
+        return compile_call(
+            target.call, target.args, target.kwargs, Budget.parse(budget), weights_move=offload is not None
+        )
     except MemoryBudgetError as error:
-        what = "activations" if isinstance(budget, float) else "weights, inputs and activations"
+        what = "weights, inputs and activations"
+        if isinstance(budget, float):
+            what = "activations" if offload is None else "weights and activations"
         lowest = f"{format_bytes(error.lowest_bytes)} of {what}"
         raise UsageError(
             f"a budget of {budget} can't be met: the lowest reachable is {lowest}; try --budget min"

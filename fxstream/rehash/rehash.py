@@ -142,7 +142,8 @@ class Generation:
 class RehashedModule(StreamedModule):
     """A streamed module that computes some steps of a generation in full and skips most of the others.
 
-    Each thread is in a generation of its own. ``enabled = False`` computes every call in full and holds nothing.
+    What a step does depends on those before it, so torch.compile leaves it to Python. Each thread is in a generation of
+    its own. ``enabled = False`` computes every call in full and holds nothing.
     """
 
     def __init__(self, model: Callable[..., Any], compiler: Any, rehash: StepRehash, fits: Check = always) -> None:
@@ -150,8 +151,6 @@ class RehashedModule(StreamedModule):
         self._rehash = rehash
         self._enabled = True
         self._lock = threading.Lock()
-        # What a step does depends on the steps before it: torch.compile has to leave that to Python.
-        self._apart = torch.compiler.disable(StreamedModule.forward)
         self.reset()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -159,10 +158,6 @@ class RehashedModule(StreamedModule):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on these inputs, or what a skipped step needs of it. Raises as a streamed module does."""
-        return self._apart(self, *args, **kwargs)
 
     @property
     def plans(self) -> tuple[RehashPlan, ...]:  # type: ignore[override]

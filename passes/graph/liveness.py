@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxstream.passes.graph.capture import module_path
 from fxstream.passes.graph.effects import draws
 from fxstream.passes.machine.workspace import workspace_bytes
+from fxstream.runtime.fetch import fetch
 from fxstream.runtime.loop import SlicedLoop
 
 
@@ -44,7 +45,8 @@ class MemoryProfile:
     """Memory along a graph's schedule, in bytes, over its weights and inputs.
 
     ``live_bytes[i]`` is what is live during ``nodes[i]``: those of ``tensors`` that live then, and a kernel's workspace
-    or the inside of a sliced loop. ``tensors`` are in the order of their birth.
+    or the inside of a sliced loop. ``tensors`` are in the order of their birth; weights that are fetched from their
+    homes are among them, and not in ``weight_bytes``.
     """
 
     nodes: tuple[str, ...]
@@ -223,8 +225,25 @@ def profile(graph_module: fx.GraphModule) -> MemoryProfile:
 
 
 def _bytes_of(graph: fx.Graph, op: str) -> int:
-    found = {key: size for node in graph.nodes if node.op == op for key, size in storages_of(node.meta["val"])}
-    return sum(found.values())
+    nodes = [node for node in graph.find_nodes(op=op) if not _stays_at_home(node)]
+    return sum({key: size for node in nodes for key, size in storages_of(node.meta["val"])}.values())
+
+
+def _stays_at_home(weight: fx.Node) -> bool:
+    """Whether a weight is only fetched."""
+    return bool(weight.users) and all(user.target is fetch or _fetches(user, weight) for user in weight.users)
+
+
+def _fetches(call: fx.Node, weight: fx.Node) -> bool:
+    """Whether a loop only fetches a weight that it is given."""
+    owner = call.graph.owning_module
+    if call.op != "call_module" or owner is None:
+        return False
+    loop = owner.get_submodule(str(call.target))
+    assert isinstance(loop, SlicedLoop)
+    given = [position for position, argument in enumerate(call.args) if argument is weight]
+    bodies = [body.graph.find_nodes(op="placeholder") for body in loop.graphs().values()]
+    return all(_stays_at_home(placeholders[position]) for placeholders in bodies for position in given)
 
 
 def _describe(storage: Storage, last: int) -> LiveTensor:

@@ -1,0 +1,60 @@
+"""Offload: a graph streamed and its weights placed together, so that both stay within one budget.
+
+The lower the activations, the more weights can stay. Loops are sought side by side first: those fetch a weight once. A
+loop around nearly all of the graph fetches in its body, once a slice, and is taken where the budget asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx
+
+from fxstream.passes.graph.liveness import profile
+from fxstream.passes.planning.homes import Homes, place_weights
+from fxstream.passes.planning.tree import Block, Loop
+from fxstream.passes.rewriting.fetches import insert_fetches
+from fxstream.passes.stream import SLACK, stream
+from fxstream.runtime.loop import SlicedLoop
+
+
+def offload(graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool = False) -> tuple[Block, Homes]:
+    """Rewrite a normalized graph until it holds at most ``limit`` bytes with its weights, over its inputs.
+
+    ``None`` asks for the lowest reachable. Where the limit can't be met, the result is the lowest reached.
+    """
+    weights = profile(graph_module).weight_bytes
+    found: list[tuple[int, int, Block, Homes]] = []
+    for block in _streamed(graph_module, None if limit is None else limit - weights, allow_recompute):
+        homes = place_weights(block.graph_module, limit)
+        found.append((homes.peak_bytes, len(found), block, homes))
+        if limit is not None and homes.peak_bytes <= limit:
+            break
+    _, _, block, homes = found[-1] if limit is not None and found[-1][0] <= limit else min(found)
+    if limit is None:  # within one per cent of the lowest, for the least that is moved
+        homes = place_weights(block.graph_module, int(SLACK * homes.peak_bytes))
+    return _fetching(block, insert_fetches(block.graph_module, homes.stays)) if homes.stays else block, homes
+
+
+def _streamed(graph_module: fx.GraphModule, left: int | None, allow_recompute: bool) -> Iterator[Block]:
+    """Ways to stream a graph, the fastest first; ``left`` are the bytes that all weights leave."""
+    if left is not None and left > 0:
+        yield stream(graph_module, left, allow_recompute)
+    yield stream(graph_module, None, allow_recompute, most_outer=0)
+    yield stream(graph_module, None, allow_recompute)
+
+
+def _fetching(block: Block, graph_module: fx.GraphModule) -> Block:
+    """The block as it runs with fetches in its graph, and in the bodies of its loops."""
+    loops = tuple(_loop_fetching(loop, graph_module) for loop in block.loops)
+    return replace(block, graph_module=graph_module, after=profile(graph_module), loops=loops)
+
+
+def _loop_fetching(loop: Loop, graph_module: fx.GraphModule) -> Loop:
+    module = graph_module.get_submodule(loop.name)
+    assert isinstance(module, SlicedLoop)
+    if module is loop.module:
+        return loop
+    (body,) = module.graphs().values()
+    return replace(loop, module=module, body=loop.body and _fetching(loop.body, body))

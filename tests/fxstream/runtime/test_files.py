@@ -1,0 +1,135 @@
+"""Where tensors lie, and how they get there and back: mapped files, spilling, fetching."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fxstream.runtime.fetch import fetch, fetched
+from fxstream.runtime.files import locate, region_of
+from fxstream.runtime.spill import spill
+
+
+def tensors():
+    torch.manual_seed(0)
+    return {
+        "a": torch.randn(300, 70),
+        "b": torch.randn(40, 1000).bfloat16().t(),
+        "c": torch.arange(7),
+        "d": torch.ones(3, dtype=torch.bool),
+    }
+
+
+def of_safetensors(folder):
+    save_file({name: tensor.contiguous() for name, tensor in tensors().items()}, folder / "x.safetensors")
+    return load_file(folder / "x.safetensors"), folder / "x.safetensors"
+
+
+def of_torch(folder):
+    torch.save(tensors(), folder / "x.pt")
+    return torch.load(folder / "x.pt", mmap=True), folder / "x.pt"
+
+
+@pytest.mark.parametrize("load", [of_safetensors, of_torch])
+class TestMapped:
+    def test_the_file_has_the_bytes_of_the_tensor(self, load, tmp_path):
+        loaded, path = load(tmp_path)
+        locate(loaded.values())
+        for tensor in loaded.values():
+            region = region_of(tensor)
+            assert os.path.samefile(region.file.path, path)
+            flat = tensor.t().contiguous() if not tensor.is_contiguous() else tensor
+            content = bytes(flat.view(torch.uint8).flatten().tolist())
+            file = os.pread(region.file.descriptor, len(content), region.offset_of(tensor.data_ptr()))
+            assert file == content
+            assert not region.is_changed(tensor.data_ptr(), len(content))
+
+    def test_what_is_fetched_is_the_tensor_as_it_is_now(self, load, tmp_path):
+        loaded, _ = load(tmp_path)
+        for tensor in loaded.values():
+            found = fetched(fetch(tensor))
+            assert torch.equal(found, tensor) and found.stride() == tensor.stride()
+            assert found.data_ptr() != tensor.data_ptr()
+            tensor.view(-1)[-1:].zero_() if tensor.is_contiguous() else tensor.mul_(2)
+            assert torch.equal(fetched(fetch(tensor)), tensor)
+
+    def test_a_file_that_is_shortened(self, load, tmp_path):
+        loaded, path = load(tmp_path)
+        region_of(loaded["a"])
+        os.truncate(path, 4096)
+        with pytest.raises(OSError, match=r"no more bytes at 4096, where \d+ of a weight's 84000 are left"):
+            fetched(fetch(loaded["a"]))
+
+    def test_a_file_that_is_replaced_is_read_as_it_was(self, load, tmp_path):
+        loaded, path = load(tmp_path)
+        other = tmp_path / "other"
+        other.write_bytes(b"another")
+        other.replace(path)
+        assert torch.equal(fetched(fetch(loaded["a"])), tensors()["a"])
+
+
+def test_what_is_in_memory_alone_is_copied_from_there():
+    tensor = torch.randn(5, 7)
+    assert region_of(tensor) is None
+    assert torch.equal(fetched(fetch(tensor)), tensor)
+
+
+class TestSpilling:
+    def test_tensors_are_as_they_were_in_a_file_without_a_name(self, tmp_path):
+        known, parameter = tensors(), torch.nn.Parameter(torch.randn(64, 64))
+        view = parameter.data[3:5, 7:]
+        whole, part = parameter.detach().clone(), view.clone()
+        spill([*known.values(), parameter, view], str(tmp_path))
+        assert os.listdir(tmp_path) == []
+        for name, tensor in tensors().items():
+            assert torch.equal(known[name], tensor) and known[name].stride() == tensor.stride()
+            assert region_of(known[name]) is not None
+        assert torch.equal(parameter, whole) and isinstance(parameter, torch.nn.Parameter)
+        assert torch.equal(view, part)
+        parameter.data[3, 7] = 5
+        assert view[0, 0] == 5
+        assert fetched(fetch(parameter))[3, 7] == 5
+
+    def test_the_file_is_gone_with_the_last_tensor(self, tmp_path):
+        one, two = torch.randn(9), torch.randn(9)
+        spill([one, two], str(tmp_path))
+        descriptor = region_of(one).file.descriptor
+        del one
+        gc.collect()
+        os.fstat(descriptor)
+        del two
+        gc.collect()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+    def test_a_folder_that_has_no_room_leaves_tensors_alone(self, tmp_path):
+        tensor = torch.ones(9)
+        address = tensor.data_ptr()
+        with pytest.raises(OSError, match=r"4096 bytes of weights can't be spilled to .*nowhere: No such file"):
+            spill([tensor], str(tmp_path / "nowhere"))
+        assert tensor.data_ptr() == address
+
+    def test_storages_of_nothing(self):
+        tensor = torch.empty(0, 3)
+        spill([tensor])
+        assert tensor.shape == (0, 3)
+
+
+def test_a_forked_process_reads_by_itself():
+    """The reader's thread is not there after a fork."""
+    code = """
+import os, torch
+from fxstream.runtime.fetch import fetch, fetched
+x = torch.ones(4)
+fetched(fetch(x))
+child = os.fork()
+if not child:
+    os._exit(int(fetched(fetch(x)).sum()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "4\n"
