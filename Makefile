@@ -8,7 +8,7 @@ STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
 .PHONY: venv browser test test-isa fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile
-.PHONY: bench-check bench-rehash
+.PHONY: bench-check bench-rehash bench-offload
 .PHONY: table table-compile table-pipeline comparison pictures docs clean
 
 venv: $(STAMP)
@@ -81,6 +81,10 @@ bench-exact: venv
 
 bench-compile: venv
 	$(BIN)/python -m fxstream.tools.bench_compile
+
+# A transformer of 14 billion parameters from its file, in 4 GiB. Needs 30 GB of disk, and many minutes.
+bench-offload: venv
+	$(BIN)/python -m fxstream.tools.bench_offload
 
 # What it costs at each call to see that the model is as it was.
 bench-check: venv

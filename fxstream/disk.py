@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxstream.passes.graph.call import ROOT
 from fxstream.runtime.files import locate, region_of
 from fxstream.runtime.spill import spill
-
-if TYPE_CHECKING:
-    from fxstream.planned import Compiled
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,40 @@ class Disk:
             raise ValueError(f"offload {offload!r}: there is no folder {folder}")
         return Disk(folder or None)
 
-    def take(self, compiled: Compiled, model: nn.Module) -> None:
-        """Send home the weights of a model that a planned call fetches, and that are nowhere on disk yet.
+    def take(self, graph_module: fx.GraphModule, names: Collection[str], model: nn.Module) -> None:
+        """Send home the weights of a model that a planned graph fetches, by their names, and that are not there yet.
 
         Raises ``OSError`` where the file can't be written; the model is as it was then.
         """
-        names = {fetched.name for fetched in compiled.plan.fetched}
-        weights = [operator.attrgetter(name)(compiled.graph_module) for name in names]
-        if any(isinstance(weight, FakeTensor) or weight.is_meta for weight in weights):
+        weights = [operator.attrgetter(name)(graph_module) for name in names]
+        if not all(map(_is_real, weights)):
             return
         locate(weights)
         storages = {_storage(weight) for weight in weights if region_of(weight) is None}
         spill([tensor for tensor in _tensors(model) if _storage(tensor) in storages], self.folder)
+
+
+def kept_weights(graph_module: fx.GraphModule) -> set[str]:
+    """Names of a captured graph's weights that can't be moved to disk: what else lies in their memory is not known.
+
+    That is where something beside the model's parameters and buffers holds on to it, such as an attribute that is a
+    view of a weight.
+    """
+    weights = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    found = {name: operator.attrgetter(name)(graph_module) for name in weights}
+    real = {name: weight for name, weight in found.items() if isinstance(weight, torch.Tensor) and _is_real(weight)}
+    locate(real.values())
+    known = Counter(map(_storage, _tensors(getattr(graph_module, ROOT))))
+    kept = set()
+    for name, weight in real.items():
+        storage = weight.untyped_storage()  # which holds on to it once more
+        if region_of(weight) is None and torch._C._storage_Use_Count(storage._cdata) > known[storage._cdata] + 1:
+            kept.add(name)
+    return kept
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 def refuse_elsewhere(tensors: Iterable[torch.Tensor]) -> None:

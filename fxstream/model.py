@@ -40,7 +40,8 @@ def optimize_model(
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
         compiled = compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live, disk is not None)
         if disk is not None:
-            disk.take(compiled, owner(model)[0])
+            names = {weight.name for weight in compiled.plan.fetched}
+            disk.take(compiled.graph_module, names, owner(model)[0])
         return compiled
 
     def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:

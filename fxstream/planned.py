@@ -12,8 +12,9 @@ from torch import fx
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.caches import refuse_caches
+from fxstream.disk import kept_weights
 from fxstream.errors import MemoryBudgetError
-from fxstream.passes.graph.call import Captured
+from fxstream.passes.graph.call import ROOT, Captured
 from fxstream.passes.graph.capture import capture, written
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
@@ -127,11 +128,12 @@ def fit_with_weights(
         before = profile(graph_module)
         inputs = int(before.input_bytes)
         limit = budget.activation_bytes(before.peak_bytes + before.weight_bytes, inputs)
-        block, homes = offload(graph_module, limit, allow_recompute)
+        kept = kept_weights(graph_module)
+        block, homes = offload(graph_module, limit, allow_recompute, kept)
         times = {"capture": seconds, "planning": time.perf_counter() - planning}
         made = make_plan(before, block, limit, times, homes)
     if limit is not None and homes.peak_bytes > limit:
-        raise _budget_error(made, budget, limit, inputs, 0, None)
+        raise _budget_error(made, budget, limit, inputs, 0, None, kept)
     return written(block.graph_module), made
 
 
@@ -145,7 +147,13 @@ def compiled_by(backend: str | None, graph_module: fx.GraphModule) -> Callable[.
 
 
 def _budget_error(
-    made: Plan, budget: Budget, allowed: int, held: int, cached: int, resident: Resident | None
+    made: Plan,
+    budget: Budget,
+    allowed: int,
+    held: int,
+    cached: int,
+    resident: Resident | None,
+    kept: Collection[str] = (),
 ) -> MemoryBudgetError:
     offloaded = bool(made.fetched)
     account = "weights, inputs and activations"
@@ -164,6 +172,11 @@ def _budget_error(
     if largest is not None:
         message += f", where the largest tensor is {largest.node} of {largest.module_path or 'the model'}"
         message += f" ({format_bytes(largest.bytes)})"
+    if kept:
+        some = min(kept).removeprefix(f"{ROOT}.")
+        message += (
+            f". {len(kept)} of the weights stay, such as {some}: something beside the model holds their memory, too"
+        )
     if cached:
         message += f". Held between steps: {format_bytes(cached)}"
     if budget.share is None and held + cached >= allowed + extra:

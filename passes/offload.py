@@ -6,7 +6,7 @@ loop around nearly all of the graph fetches in its body, once a slice, and is ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch import fx
@@ -19,21 +19,24 @@ from fxstream.passes.stream import SLACK, stream
 from fxstream.runtime.loop import SlicedLoop
 
 
-def offload(graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool = False) -> tuple[Block, Homes]:
+def offload(
+    graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool = False, kept: Collection[str] = ()
+) -> tuple[Block, Homes]:
     """Rewrite a normalized graph until it holds at most ``limit`` bytes with its weights, over its inputs.
 
-    ``None`` asks for the lowest reachable. Where the limit can't be met, the result is the lowest reached.
+    ``None`` asks for the lowest reachable. Where the limit can't be met, the result is the lowest reached. Weights of
+    the names ``kept`` stay where they are.
     """
     weights = profile(graph_module).weight_bytes
     found: list[tuple[int, int, Block, Homes]] = []
     for block in _streamed(graph_module, None if limit is None else limit - weights, allow_recompute):
-        homes = place_weights(block.graph_module, limit)
+        homes = place_weights(block.graph_module, limit, kept)
         found.append((homes.peak_bytes, len(found), block, homes))
         if limit is not None and homes.peak_bytes <= limit:
             break
     _, _, block, homes = found[-1] if limit is not None and found[-1][0] <= limit else min(found)
     if limit is None:  # within one per cent of the lowest, for the least that is moved
-        homes = place_weights(block.graph_module, int(SLACK * homes.peak_bytes))
+        homes = place_weights(block.graph_module, int(SLACK * homes.peak_bytes), kept)
     return _fetching(block, insert_fetches(block.graph_module, homes.stays)) if homes.stays else block, homes
 
 

@@ -12,7 +12,7 @@ one around others, it is fetched in its body, once a slice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -86,12 +86,13 @@ class Homes:
         return sum(stay.weight.bytes * stay.times for stay in self.stays)
 
 
-def place_weights(graph_module: fx.GraphModule, limit: int | None) -> Homes:
+def place_weights(graph_module: fx.GraphModule, limit: int | None, kept: Collection[str] = ()) -> Homes:
     """Where weights live so that a graph holds at most ``limit`` bytes over its inputs; None: as few as it can.
 
-    Where that can't be met, ``peak_bytes`` of the result says what the least is.
+    Weights of the names ``kept`` stay. Where the limit can't be met, ``peak_bytes`` of the result says what the least
+    is.
     """
-    sizes, pinned = _movable(graph_module)
+    sizes, pinned = _movable(graph_module, kept)
     least = max(pinned + _least(graph_module, {key: size for key, (_, size) in sizes.items()}), limit or 0)
     timeline = _Timeline({key: size for key, (_, size) in sizes.items()}, least - pinned)
     timeline.walk(graph_module, (), 1, 0, set(sizes))
@@ -103,10 +104,10 @@ def place_weights(graph_module: fx.GraphModule, limit: int | None) -> Homes:
     return Homes(tuple(stays), resident, least - int(left.min()) if len(left) else pinned)
 
 
-def _movable(graph_module: fx.GraphModule) -> tuple[dict[int, tuple[str, int]], int]:
+def _movable(graph_module: fx.GraphModule, names: Collection[str]) -> tuple[dict[int, tuple[str, int]], int]:
     """Storages of weights that may be fetched, with name and bytes; and the bytes of those that may not.
 
-    Those may not that are written to or returned, and those that share memory, or are a part of it.
+    Those may not that are of these ``names``, written to or returned, and those that share memory, or are a part of it.
     """
     graph = graph_module.graph
     kept = {key for node in graph.nodes for each in written_by(node) for key in memories(each.meta["val"])}
@@ -117,7 +118,8 @@ def _movable(graph_module: fx.GraphModule) -> tuple[dict[int, tuple[str, int]], 
             nodes[key].append(node)
     sizes, pinned = {}, 0
     for key, (node, *others) in nodes.items():
-        if not others and key not in kept and _is_dense(node.meta["val"]):
+        may = not others and key not in kept and str(node.target) not in names
+        if may and _is_dense(node.meta["val"]):
             sizes[key] = str(node.target), bytes_of(node.meta["val"])
         else:
             pinned += int(node.meta["val"].untyped_storage().nbytes())

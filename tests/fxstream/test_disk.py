@@ -119,6 +119,20 @@ def test_a_folder_without_room_leaves_the_model_alone(tmp_path, monkeypatch):
     assert relative_l2(streamed(X), model(X)) <= 1e-6
 
 
+def test_what_else_lies_in_a_weight_s_memory_keeps_it_there():
+    """A view that the model holds beside its parameters sees what is written to them, as before."""
+    model = Deep()
+    model.corner = model.wide[0].weight.data[:2]
+    streamed = fxstream.optimize(model, "1MiB", (X,), offload="disk")
+    names = {weight.name for weight in streamed.plans[0].fetched}
+    assert names and "model.wide.0.weight" not in names
+    with pytest.raises(fxstream.MemoryBudgetError, match=r"1 of the weights stay, such as wide\.0\.weight"):
+        fxstream.optimize(model, "100KiB", (X,), offload="disk")
+    model.wide[0].weight.data.fill_(3)
+    assert (model.corner == 3).all()
+    assert relative_l2(streamed(X), model(X)) <= 1e-6
+
+
 class TestWeightsThatChange:
     @pytest.fixture
     def streamed(self):
