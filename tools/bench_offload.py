@@ -34,14 +34,14 @@ GIB = 2**30
 WAYS = ("streamed", "eager")
 SHARD = 2 * GIB
 
+_WAN = catalogue.CATALOGUE["wan-transformer"]
 WAN_14B = replace(
-    catalogue.CATALOGUE["wan-transformer"],
+    _WAN,
     name="wan-14b-transformer",
     source="Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json",
-    config=catalogue.CATALOGUE["wan-transformer"].config
-    | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    config={**_WAN.config, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
 )
-QUICK = replace(WAN_14B, config=WAN_14B.config | {"num_layers": 2, "num_attention_heads": 4, "ffn_dim": 1024})
+QUICK = replace(WAN_14B, config={**WAN_14B.config, "num_attention_heads": 4, "ffn_dim": 1024, "num_layers": 2})
 
 
 def main() -> None:
