@@ -68,11 +68,20 @@ class Kept:
         self.path = folder() / "workspaces" / f"{slug(self.name)}.{WAY}.jsonl"
         self.traces: dict[str, Trace | None] = {}
         self._new: list[str] = []
+        self._read = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what was added to the file since it was last read, by whichever process."""
         try:
-            lines = self.path.read_text().splitlines()
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                text = file.read()
         except OSError:
-            lines = []
-        for line in lines:
+            return
+        lines, newline, _ = text.rpartition(b"\n")
+        self._read += len(lines) + len(newline)
+        for line in lines.splitlines():
             try:
                 key, trace = json.loads(line)
             except ValueError:

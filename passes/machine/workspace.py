@@ -104,6 +104,8 @@ def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> 
     table = kept(device.type, folder())
     name = _name(target, args, kwargs)
     if name not in table.traces:
+        table.refresh()
+    if name not in table.traces:
         if target.namespace not in MEASURED:
             table.traces[name] = None  # not for long: it may be told, or be another one of that name
             return None

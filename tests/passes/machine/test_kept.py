@@ -41,6 +41,20 @@ def test_a_second_plan_measures_nothing() -> None:
     assert not kept("cpu", folder())._new
 
 
+def test_what_another_process_measures_meanwhile_is_not_measured_again() -> None:
+    x = torch.randn(4, 8, 16).transpose(1, 2)
+    here = kept("cpu", folder())
+    Kept("cpu").save()  # the file is there, and empty
+    workspace.call_workspace_bytes(aten.layer_norm.default, x, (x, [8]), {})
+    ((name, _),) = here.traces.items()
+    here.traces.clear()
+    workspace._KNOWN.clear()
+    other = Kept("cpu")
+    other.add(name, (4096, -4096))
+    other.save()
+    assert workspace.call_workspace_bytes(aten.layer_norm.default, x, (x, [8]), {}) == 4096
+
+
 def test_prices_are_those_measured_here() -> None:
     assert cost_model(torch.device("cpu")) == CPU
     prices = measure_prices(torch.device("cpu"))
