@@ -1,7 +1,9 @@
 """Offload: a graph streamed and its weights placed together, so that both stay within one budget.
 
-The lower the activations, the more weights can stay. Loops are sought side by side first: those fetch a weight once. A
-loop around nearly all of the graph fetches in its body, once a slice, and is taken where the budget asks for it.
+Half of the limit is given to activations, or a half of that where the weights that a node needs don't fit beside them,
+and so on: small slices cost time, while weights are fetched beside the kernels. Loops are sought side by side first,
+which fetch a weight once. A loop around nearly all of the graph fetches in its body, once a slice, and is taken where
+the budget asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from fxstream.passes.graph.liveness import profile
 from fxstream.passes.planning.homes import Homes, place_weights
 from fxstream.passes.planning.tree import Block, Loop
 from fxstream.passes.rewriting.fetches import insert_fetches
-from fxstream.passes.stream import SLACK, stream
+from fxstream.passes.stream import SLACK, Search, stream
 from fxstream.runtime.loop import SlicedLoop
 
 
@@ -29,7 +31,7 @@ def offload(
     """
     weights = profile(graph_module).weight_bytes
     found: list[tuple[int, int, Block, Homes]] = []
-    for block in _streamed(graph_module, None if limit is None else limit - weights, allow_recompute):
+    for block in _streamed(graph_module, limit, weights, allow_recompute):
         homes = place_weights(block.graph_module, limit, kept)
         found.append((homes.peak_bytes, len(found), block, homes))
         if limit is not None and homes.peak_bytes <= limit:
@@ -40,10 +42,18 @@ def offload(
     return _fetching(block, insert_fetches(block.graph_module, homes.stays)) if homes.stays else block, homes
 
 
-def _streamed(graph_module: fx.GraphModule, left: int | None, allow_recompute: bool) -> Iterator[Block]:
-    """Ways to stream a graph, the fastest first; ``left`` are the bytes that all weights leave."""
-    if left is not None and left > 0:
-        yield stream(graph_module, left, allow_recompute)
+def _streamed(graph_module: fx.GraphModule, limit: int | None, weights: int, allow_recompute: bool) -> Iterator[Block]:
+    """Ways to stream a graph, the fastest first: slices are as large as they can be beside its weights."""
+    if limit is not None and limit > weights:
+        yield stream(graph_module, limit - weights, allow_recompute)
+    search = Search(graph_module, most_outer=0)
+    share = (limit or 0) // 2
+    while share > 0:
+        block = search.streamed(share, 0.0)
+        if block.after.peak_bytes > share:
+            break
+        yield block
+        share //= 2
     yield stream(graph_module, None, allow_recompute, most_outer=0)
     yield stream(graph_module, None, allow_recompute)
 
