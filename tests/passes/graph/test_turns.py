@@ -3,8 +3,9 @@
 import threading
 
 import torch
-from fxstream.passes.graph.capture import capture
 from torch import Tensor, nn
+
+from fxstream.passes.graph.capture import capture
 
 
 class Asks(nn.Module):
