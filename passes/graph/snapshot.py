@@ -302,7 +302,7 @@ class _Layouts:
             self.guards = guards
         return True
 
-    def _offsets(self) -> list[int]:
+    def _offsets(self) -> list[Any]:
         return [*map(torch.Tensor.storage_offset, self.tensors)]
 
     def _all(self) -> list[Any]:
