@@ -733,6 +733,28 @@ def test_arguments_are_told_apart_by_what_is_in_them():
     assert key(X, np.int64(1)) == key(X, np.int64(1)) != key(X, np.int64(2))
 
 
+def test_a_list_that_is_given_twice_is_one():
+    def appended(module, x, first, second):
+        first.append(x + 1)
+        return second[-1] * 2, len(second)
+
+    both = []
+    captured = capture(Call(appended), (X, both, both))
+    assert captured.inputs.key() != Inputs.of((X, [], []), {}).key()
+    found = captured.graph_module(X)
+    assert torch.equal(captured.result(found)[0], (X + 1) * 2) and captured.result(found)[1] == 1
+
+
+def test_a_list_that_holds_itself_is_refused():
+    def itself(module, x):
+        found = [x]
+        found.append(found)
+        return found
+
+    with pytest.raises(CaptureError, match="what forward returns holds itself"):
+        capture(Call(itself), (X,))
+
+
 def test_an_iterator_is_no_argument():
     with pytest.raises(CaptureError, match="list_iterator"):
         Inputs.of((X, iter([1])), {})
