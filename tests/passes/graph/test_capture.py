@@ -791,6 +791,20 @@ def test_layouts_are_those_of_a_real_run():
     assert convolution.meta["val"].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_results_of_multihead_attention_are_laid_out_as_in_eager_mode(batch_first, training):
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first).requires_grad_(False).train(training)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=batch_first).requires_grad_(False).train(training)
+    calls = [lambda _, x: attention(x, x, x), lambda _, x: attention(x, x + 0, x)[0], lambda _, x: layer(x)]
+    for call, module in zip(calls, (attention, attention, layer), strict=True):
+        model = Call(call).requires_grad_(False)
+        model.inside, x = module, torch.randn(3, 7, 16)
+        captured, wanted = capture(model, (x,)), pytree.tree_leaves(model(x))
+        for found, own in zip(captured.graph_module(x), wanted, strict=True):
+            assert found.stride() == own.stride() and torch.allclose(found, own, atol=1e-6)
+
+
 def test_attention_with_graphs_of_its_own_is_named():
     from torch.nn.attention.flex_attention import flex_attention
 
