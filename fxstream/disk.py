@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxstream.passes.graph.call import ROOT
-from fxstream.runtime.files import locate, region_of
+from fxstream.runtime.files import OpenFile, locate, region_of
 from fxstream.runtime.spill import spill
 
 
@@ -57,15 +58,39 @@ class Disk:
         spill([tensor for tensor in _tensors(model) if _storage(tensor) in storages], self.folder)
 
 
+def checked(graph_module: fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs a graph, after a look whether the files of its weights are as long as they were.
+
+    Memory that is mapped from a part that a file has lost can't be read: the system ends the process.
+    """
+    weights = _weights(graph_module).values()
+    sizes: dict[OpenFile, int] = {}
+    for weight in weights:
+        region = region_of(weight)
+        if region is not None:
+            end = region.offset_of(weight.data_ptr()) + weight.numel() * weight.element_size()
+            sizes[region.file] = max(end, sizes.get(region.file, 0))
+
+    def checked_run(*tensors: torch.Tensor) -> Any:
+        for file, size in sizes.items():
+            found = os.fstat(file.descriptor).st_size
+            if found < size:
+                raise OSError(
+                    f"{file.path} has {found} bytes, and its weights took {size}: it was shortened while in use. Load "
+                    "the model again"
+                )
+        return run(*tensors)
+
+    return checked_run
+
+
 def kept_weights(graph_module: fx.GraphModule) -> set[str]:
     """Names of a captured graph's weights that can't be moved to disk: what else lies in their memory is not known.
 
     That is where something beside the model's parameters and buffers holds on to it, such as an attribute that is a
     view of a weight.
     """
-    weights = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    found = {name: operator.attrgetter(name)(graph_module) for name in weights}
-    real = {name: weight for name, weight in found.items() if isinstance(weight, torch.Tensor) and _is_real(weight)}
+    real = _weights(graph_module)
     locate(real.values())
     known = Counter(map(_storage, _tensors(getattr(graph_module, ROOT))))
     kept = set()
@@ -74,6 +99,13 @@ def kept_weights(graph_module: fx.GraphModule) -> set[str]:
         if region_of(weight) is None and torch._C._storage_Use_Count(storage._cdata) > known[storage._cdata] + 1:
             kept.add(name)
     return kept
+
+
+def _weights(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The weights of a graph that have memory, by their names."""
+    names = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    found = {name: operator.attrgetter(name)(graph_module) for name in names}
+    return {name: weight for name, weight in found.items() if isinstance(weight, torch.Tensor) and _is_real(weight)}
 
 
 def _is_real(tensor: torch.Tensor) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fxstream.budget import Budget, Resident
 from fxstream.compile.regions import Region
-from fxstream.disk import Disk, refuse_elsewhere
+from fxstream.disk import Disk, checked, refuse_elsewhere
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.capture import owner
@@ -42,6 +43,7 @@ def optimize_model(
         if disk is not None:
             names = {weight.name for weight in compiled.plan.fetched}
             disk.take(compiled.graph_module, names, owner(model)[0])
+            compiled = replace(compiled, run=checked(compiled.graph_module, compiled.run))
         return compiled
 
     def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:

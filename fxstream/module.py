@@ -161,8 +161,15 @@ class StreamedModule(nn.Module):
             from fxstream.compile.region import region
 
             assert self._region is not None
-            function = self.__dict__["_function"]
-            return region(lambda: function(*args, **kwargs), token=self._region.token)
+            return region(lambda: self._traced(args, kwargs), token=self._region.token)
+        return self._streamed(args, kwargs)
+
+    def _traced(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's own call to Dynamo; where that has broken off, the streamed one."""
+        function = self.__dict__["_function"]
+        return function(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else self._streamed(args, kwargs)
+
+    def _streamed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         inputs = Inputs.of(args, kwargs)
         call = inputs.key(), environment()
         compiled = self._compiled_for(call, inputs, args, kwargs, inference=not torch.is_grad_enabled())

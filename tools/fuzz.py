@@ -3,7 +3,8 @@
 Program ``i`` is drawn from the seed ``SEED + i`` alone, so ``--seed S --count 1`` shows one again. Each is called
 twice, with random numbers and state as the model's own, and then measured. Faults are
 
-    wrong      a result, an input or a buffer is not what the model makes of it (relative L2 above 1e-6, in float32)
+    wrong      a result, an input or a buffer is not what the model makes of it (relative L2 above 1e-6, in float32), or
+               is laid out in another way
     crash      an error that is no CaptureError, in planning or in the call, where the model itself runs
     above      a plan holds more than the captured graph, or than the budget that it was made for
     peak       the allocator's peak is not the planned one, within 1 per cent or 8 KiB
@@ -133,12 +134,17 @@ def _inputs(program: Program, call: int = 0, double: bool = False) -> list[Tenso
 
 
 def _calls(program: Program, model: nn.Module, double: bool = False) -> Iterator[list[Tensor]]:
-    """What calls return, leave in their inputs and in the model's buffers, and the next random number."""
+    """What calls return, leave in their inputs and in the model's buffers, the next random number, and strides."""
     for call in range(CALLS):
         args = _inputs(program, call, double)
         torch.manual_seed(call)
         results = model(*args)
-        yield [x.clone() for x in (*results, *args, *model.buffers(), torch.rand(1))]
+        yield [x.clone() for x in (*results, *args, *model.buffers(), torch.rand(1), *map(_strides, results))]
+
+
+def _strides(x: Tensor) -> Tensor:
+    """How a result is laid out; where it has no second element to step to, no caller sees a difference."""
+    return torch.tensor([stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1])
 
 
 def _bytes(program: Program, share: float) -> int:

@@ -248,7 +248,10 @@ class Drawer:
         self._try(Line(code, made, names, attributes))
 
     def _try(self, line: Line) -> None:
-        """Take a line if it runs, and what it makes or writes is neither large nor extreme."""
+        """Take a line if it runs, and what it makes, writes or keeps is neither large nor extreme.
+
+        Nor is it near zero, as the mean of a norm is: that is rounding alone.
+        """
         state, before = torch.get_rng_state(), {name: value.clone() for name, value in self.values.items()}
         name = f"m{len(self.lines)}"
         if hasattr(self.module, name):  # of a line that wasn't taken
@@ -259,7 +262,8 @@ class Drawer:
                 exec(attribute, space)
             self.module.eval()
             exec(line.code, space)
-            fine = all(_is_fine(space[name]) for name in {*self.values, line.makes} - {""})
+            kept = [value for own, value in self.module.named_buffers(recurse=False) if own == name]
+            fine = all(map(_is_fine, [*kept, *(space[each] for each in {*self.values, line.makes} - {""})]))
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, AssertionError):
             fine = False
         if not fine:

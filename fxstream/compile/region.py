@@ -74,6 +74,8 @@ class StreamedRegion(BaseHOP):
         super().__init__("fxstream_region")
 
     def __call__(self, graph_module: Any, *operands: Any, token: int) -> Any:
+        if not isinstance(graph_module, fx.GraphModule):  # Dynamo has no graph of it, and calls it as it is
+            return torch.compiler.disable(graph_module)()
         made = graph_module.meta.setdefault(STREAMED, {})
         known = (
             *(tuple(map(int, x.shape)) if isinstance(x, torch.Tensor) else int(x) for x in operands),

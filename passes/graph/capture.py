@@ -13,13 +13,16 @@ import logging
 import operator
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from types import FrameType, TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Generator, fx, nn
@@ -219,7 +222,14 @@ def _trace(
     flat = _Flat(traced, drawing, known, generators, assumed, [*constants], results.append)
     given = (*inputs.tensors, *_apart(inputs.tensors, [tensor for each in assumed for tensor in each.inputs]))
     try:
-        with torch.no_grad(), _quiet(), _global_hooks_apart(traced), _DataSeen(), tracing_apart():
+        with (
+            torch.no_grad(),
+            _quiet(),
+            _global_hooks_apart(traced),
+            _attention_laid_out(),
+            _DataSeen(),
+            tracing_apart(),
+        ):
             exported = torch.export.export(flat, _as_fake(given, module), strict=False)
             open_composites(exported.graph_module)
             with inductor.patch(fallback_random=True):  # draws that nothing reads are kept
@@ -300,6 +310,22 @@ def _global_hooks_apart(target: Callable[..., Any]) -> Iterator[None]:
 
 
 _EXPORT = ("torch.export", "torch._export", "torch._functorch", "torch.fx")
+
+
+@contextmanager
+def _attention_laid_out() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` know that it is traced: it lays its result out as its own kernel would, then.
+
+    It asks first whether a tensor is of a class that answers for itself, and takes the modes of a trace for one.
+    """
+    asked, thread = torch.overrides.has_torch_function, get_ident()
+
+    def answers(tensors: Any) -> bool:
+        traced = get_ident() == thread and sys._getframe(1).f_code is nn.MultiheadAttention.forward.__code__
+        return not traced and asked(tensors)
+
+    with patch.object(torch.overrides, "has_torch_function", answers):
+        yield
 
 
 class _DataSeen(TorchFunctionMode):

@@ -31,7 +31,9 @@ def open_composites(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     changed = {key for node in graph.nodes for read in written_by(node) for key in memories(read.meta["val"])}
     for node in list(graph.nodes):
-        if isinstance(node.target, OpOverload) and _has_to(node, node.target, changed):
+        if node.target is aten.bernoulli.p:
+            _draw_into(node, aten.bernoulli_.float, _contiguous(node.meta["val"]))
+        elif isinstance(node.target, OpOverload) and _has_to(node, node.target, changed):
             inline(node, node.target)
     graph_module.recompile()
 
@@ -51,7 +53,9 @@ def write_in_place(graph_module: fx.GraphModule) -> None:
         if node.target is AUTO_FUNCTIONALIZED:
             _write(node)
         elif node.target is aten.normal_functional.default and not _is_dense(node.args[0].meta["val"]):
-            _draw_where_it_lies(node)
+            _draw_into(node, aten.normal_.default, node.args[0].meta["val"])
+        elif node.target is aten.bernoulli.p and not node.args[0].meta["val"].is_contiguous():
+            _draw_into(node, aten.bernoulli_.float, node.args[0].meta["val"])
     graph_module.recompile()
 
 
@@ -72,17 +76,23 @@ def _is_dense(value: torch.Tensor) -> bool:
     return last + 1 == value.numel()
 
 
-def _draw_where_it_lies(node: fx.Node) -> None:
-    """Draw into memory of the layout that the model draws into, by which the kernel goes; a copy would be dense."""
-    source: Any = node.args[0]
-    value = source.meta["val"]
+def _contiguous(value: torch.Tensor) -> torch.Tensor:
+    """What a functional bernoulli draws into, of whatever layout its input is; one in place draws into its input's."""
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+def _draw_into(node: fx.Node, target: OpOverload, value: torch.Tensor) -> None:
+    """Draw in place, into memory of the layout that the model draws into, by which the kernel goes.
+
+    What torch makes of a draw in place is one of dense memory, or of contiguous memory.
+    """
     with node.graph.inserting_before(node):
         layout = [*value.shape], [*value.stride()]
         made = node.graph.call_function(
             aten.empty_strided.default, layout, {"dtype": value.dtype, "device": value.device}
         )
     made.meta = {**node.meta, "val": value}
-    node.target, node.args = aten.normal_.default, (made, *node.args[1:])
+    node.target, node.args = target, (made, *node.args[1:])
 
 
 def inline(node: fx.Node, function: Callable[..., Any]) -> None:

@@ -25,7 +25,7 @@ from fxstream.passes.graph.parts import ABSENT
 from fxstream.passes.graph.places import Place, describe, owner_of, value_at
 from fxstream.passes.graph.snapshot import Snapshot
 from fxstream.passes.graph.state import Assumed, Effect, layout_of
-from fxstream.passes.graph.structure import Flattened, flatten, unflatten
+from fxstream.passes.graph.structure import Flattened, Made, flatten, unflatten
 from fxstream.passes.graph.watching import watching
 
 MOST_TRACED = 4
@@ -72,12 +72,16 @@ def settled(
     second = chain[1]
     if moving:
         _check_unread(trace, first, second, states, moving, roots)
-    agreeing = {(effect.place, effect.more, effect.layout) for effect in _kept(second)}
-    told = {(effect.place, effect.more, effect.layout) for effect in _kept(first)}
-    lost = {place for place, more, layout in told if place in moving and (place, more, layout) not in agreeing}
-    again = same_graph(first.graph_module, second.graph_module) and {e for e in told if e[0] not in lost} == {
-        e for e in agreeing if e[0] not in moving or e in told
-    }
+    told, agreeing = _told(_kept(first)), _told(_kept(second))
+    lost = {effect.place for key, effect in told.items() if effect.place in moving and key not in agreeing}
+    once = [effect for key, effect in told.items() if key not in agreeing and effect.place not in lost]
+    more = [effect for key, effect in agreeing.items() if key not in told and effect.place not in moving]
+    again = (
+        not more
+        and all(map(_is_the_same_twice, once))
+        and same_graph(first.graph_module, second.graph_module)
+        and _same_results(first, second)
+    )
     found = _with_live(_unread(first, frozenset(moving), lost), second)
     return replace(found, state=replace(found.state, again=again))
 
@@ -85,6 +89,29 @@ def settled(
 def _kept(captured: Captured) -> list[Effect]:
     """The effects on what is there at the next call; a call's arguments are its own."""
     return [effect for effect in captured.state.effects if effect.place[0][1] not in ("args", "kwargs")]
+
+
+def _told(effects: Iterable[Effect]) -> dict[Any, Effect]:
+    """Effects by what they set, and where."""
+    return {(effect.place, effect.more, effect.layout): effect for effect in effects}
+
+
+def _is_the_same_twice(effect: Effect) -> bool:
+    """Whether to set this again changes nothing, as a call finds it that leaves it alone."""
+    absent = any(leaf is ABSENT for leaf in effect.value.rest)
+    return not (effect.more or effect.value.tensors or absent)
+
+
+def _same_results(one: Captured, other: Captured) -> bool:
+    """Whether two captures of a call give the caller the same, apart from what is in tensors."""
+    return _given(one) == _given(other)
+
+
+def _given(captured: Captured) -> Any:
+    """What a call returns, and leaves in its arguments, without tensors."""
+    arguments = [effect for effect in captured.state.effects if effect.place[0][1] in ("args", "kwargs")]
+    rest = [leaf.value if isinstance(leaf, Made) else leaf for leaf in captured.rest]
+    return captured.spec, layout_of(rest), {*_told(arguments)}
 
 
 def _merged(present: Sequence[Assumed], then: Sequence[Assumed]) -> list[Assumed]:
@@ -168,7 +195,7 @@ def _check_unread(
     without = trace([*still, *watched])
     ends = _outputs_but(without, moving), _outputs_but(second, moving)
     unread = _same(without.graph_module, ends[0], second.graph_module, ends[1])
-    if read or not unread:
+    if read or not unread or not _same_results(first, second):
         raise _refusal(next(iter(moving.values())), roots)
 
 

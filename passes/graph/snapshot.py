@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.guards import TensorGuards, dict_version
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxstream.passes.graph.parts import (
@@ -131,29 +132,58 @@ class Snapshot:
         self._slotted = [value for value in objects if slots(type(value))]
         self._arrays = [value for value in values if is_array(value)]
         self._typed = [*modules, *objects]
-        self._sized: list[Any] = [*self._dicts, *self._sequences, *self._classes, *map(vars, modules)]
+        self._attributes = [*self._dicts, *map(vars, modules)]
+        self._ordered = [value for value in self._dicts if isinstance(value, OrderedDict)]
         self._constants = [tensor for key, tensor in self.tensors.items() if key not in self.weights]
-        self._layouts = [*self.weights.values(), *self._constants]
-        self._seen = self._look()
+        self._layouts = _Layouts([*self.weights.values(), *self._constants])
+        self._equal, self._same = self._values(), self._objects()
+        self._versions = self._versions_now()
+        self._sizes, self._named = self._sizes_now(), self._named_objects()
 
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        """What is compared by value, and what has to be the same objects."""
-        layouts = [*map(len, self._sized), *map(_LAYOUT, self._layouts), *map(torch.Tensor.stride, self._layouts)]
-        layouts += map(torch.Tensor.storage_offset, self._layouts)
-        layouts += map(_pointer, self._constants)
-        layouts += map(bytes, self._arrays)
-        layouts += [_bytes(tensor) for tensor in self._asked.values()]
-        seen = chain(
-            map(type, self._typed),
-            chain.from_iterable([get(attributes) for get, attributes in self._modules]),
-            chain.from_iterable(self._dicts),
-            chain.from_iterable(map(dict.values, self._dicts)),
-            chain.from_iterable(self._sequences),
-            chain.from_iterable([attributes.values() for attributes in self._classes]),
-            chain.from_iterable(map(_function_values, self._functions)),
-            chain.from_iterable(map(_slot_values, self._slotted)),
-        )
-        return layouts, list(seen)
+    def _values(self) -> list[Any]:
+        """What is compared by value."""
+        return [
+            *map(len, self._sequences),
+            *map(len, self._classes),
+            *map(_pointer, self._constants),
+            *map(bytes, self._arrays),
+            *map(_bytes, self._asked.values()),
+        ]
+
+    def _objects(self) -> list[Any]:
+        """What has to be the same objects, but for what is in dictionaries."""
+        return [
+            *map(type, self._typed),
+            *chain.from_iterable(self._sequences),
+            *chain.from_iterable(self._ordered),  # whose order has no part in their versions
+            *chain.from_iterable([attributes.values() for attributes in self._classes]),
+            *chain.from_iterable(map(_function_values, self._functions)),
+            *chain.from_iterable(map(_slot_values, self._slotted)),
+        ]
+
+    def _dictionaries_hold(self) -> bool:
+        """Whether all that a forward may read in dictionaries is the same; looked at where a dictionary is not."""
+        versions = self._versions_now()
+        if versions != self._versions:
+            if self._sizes_now() != self._sizes or not all(map(is_, self._named_objects(), self._named)):
+                return False
+            self._versions = versions
+        return True
+
+    def _versions_now(self) -> list[int]:
+        """Numbers that change with every change of a dictionary."""
+        return [*map(dict_version, self._attributes)]
+
+    def _sizes_now(self) -> list[int]:
+        return [*map(len, self._attributes)]
+
+    def _named_objects(self) -> list[Any]:
+        """What has to be the same objects in dictionaries: the attributes of modules among them."""
+        return [
+            *chain.from_iterable([get(attributes) for get, attributes in self._modules]),
+            *chain.from_iterable(self._dicts),
+            *chain.from_iterable(map(dict.values, self._dicts)),
+        ]
 
     def constants(self) -> dict[torch.Tensor, list[Place]]:
         """The places of each tensor that is no weight of the model, and no argument of the call."""
@@ -173,8 +203,13 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether all is as it was. May say no where it is: a number may have been set to its own value."""
         try:
-            layouts, seen = self._look()
-            return not any(self._empty) and layouts == self._seen[0] and all(map(is_, seen, self._seen[1]))
+            return (
+                not any(self._empty)
+                and self._values() == self._equal
+                and all(map(is_, self._objects(), self._same))
+                and self._dictionaries_hold()
+                and self._layouts.hold()
+            )
         except (KeyError, RuntimeError, ValueError):  # a name is gone, or a container changed under the look
             return False
 
@@ -243,6 +278,35 @@ class Snapshot:
                 now.keys() == node.parts.keys() and all(map(is_, now.values(), node.parts.values()))
             ):
                 restore(node.value, node.parts, now)
+
+
+class _Layouts:
+    """How some tensors are laid out, each the same object all the while.
+
+    Torch's guards of tensors tell it fast, but only in the mode that they are made in, such as inference mode.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.offsets, self.layouts = self._offsets(), self._all()
+        self.guards: Any = None
+
+    def hold(self) -> bool:
+        """Whether they are laid out as they were."""
+        if self._offsets() != self.offsets:
+            return False
+        if self.guards is None or not self.guards.check(*self.tensors):
+            guards = TensorGuards(*self.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            if self._all() != self.layouts:
+                return False
+            self.guards = guards
+        return True
+
+    def _offsets(self) -> list[Any]:
+        return [*map(torch.Tensor.storage_offset, self.tensors)]
+
+    def _all(self) -> list[Any]:
+        return [*map(_LAYOUT, self.tensors), *map(torch.Tensor.stride, self.tensors)]
 
 
 class _Key:

@@ -139,7 +139,10 @@ def taken_apart(value: Any, what: str, before: Snapshot | None = None) -> Flatte
 
     ``before`` is what there was before a forward made it.
     """
-    found = flatten(value)
+    try:
+        found = flatten(value)
+    except RecursionError:
+        raise CaptureError(f"{what} holds itself: leave that out of it") from None
     for leaf in found.rest:
         if isinstance(leaf, (Iterator, KeysView, ValuesView, ItemsView)):
             raise CaptureError(f"{what} is or holds a {type(leaf).__name__}: make a list or a tuple of it")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +31,10 @@ class Made:
 
     value: Any
 
-    def copy(self) -> Any:
-        """One of its own, where it can be copied."""
+    def copy(self, copied: dict[int, Any]) -> Any:
+        """One of its own, where it can be copied; what was ``copied`` with it already is in it again."""
         try:
-            return deepcopy(self.value)
+            return deepcopy(self.value, copied)
         except Exception:  # what its class makes of being copied
             return self.value
 
@@ -46,20 +48,26 @@ class Flattened(NamedTuple):
 
 
 def flatten(value: Any) -> Flattened:
-    """Any nest of containers and objects, taken apart."""
-    leaves, spec = pytree.tree_flatten(value, is_leaf=_is_size)
-    if any(_holds_tensors(leaf) for leaf in leaves):
-        leaves, spec = pytree.tree_flatten(
-            pytree.tree_unflatten([_opened(leaf) for leaf in leaves], spec), is_leaf=_is_size
-        )
+    """Any nest of containers and objects, taken apart. What is in it twice is known to be one."""
+    met: list[Any] = []
+
+    def meet(part: Any) -> bool:
+        met.append(part)
+        return _is_size(part)
+
+    leaves, spec = pytree.tree_flatten(value, is_leaf=meet)
+    if any(map(_holds_tensors, leaves)) or _repeat(met):
+        parted = _parted(value, _repeated(value, {}), {})
+        leaves, spec = pytree.tree_flatten(parted, is_leaf=_is_size)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     return Flattened(tensors, tuple(TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), spec)
 
 
 def unflatten(tensors: Sequence[torch.Tensor], rest: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """The inverse of ``flatten``."""
-    given = iter(tensors)
-    leaves = (leaf.copy() if isinstance(leaf, Made) else leaf for leaf in rest)
+    given, copied = iter(tensors), dict[int, Any]()
+    leaves = (leaf.copy(copied) if isinstance(leaf, Made) else leaf for leaf in rest)
+    _TIED.made = {}
     return pytree.tree_unflatten([next(given) if leaf is TENSOR else leaf for leaf in leaves], spec)
 
 
@@ -128,12 +136,91 @@ def slots(kind: type) -> list[str]:
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
-def _opened(leaf: Any) -> Any:
-    if not _holds_tensors(leaf):
-        return leaf
-    settings = getattr(leaf, "default_factory", None), getattr(leaf, "maxlen", None)
-    elements, attributes = pytree.tree_map(_opened, (_elements(leaf), attributes_of(leaf)))
-    return _Opened(type(leaf), elements, attributes, settings)
+def _is_known(value: Any) -> bool:
+    """Whether pytree takes this apart."""
+    return not pytree.tree_is_leaf(value, is_leaf=_is_size)
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it shows where a container or an object is in two places: it can be changed."""
+    return not isinstance(value, (*_LEAVES, tuple, frozenset))
+
+
+def _repeat(values: Iterable[Any]) -> bool:
+    ids = [id(value) for value in values if _is_one(value)]
+    return len(set(ids)) < len(ids)
+
+
+def _inside(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """What is in a container, or an object with tensors, and how to put others there; None of a leaf."""
+    if _is_known(value):
+        parts, spec = pytree.tree_flatten(value, is_leaf=lambda x: x is not value)
+        return parts, lambda others: pytree.tree_unflatten(others, spec)
+    if not _holds_tensors(value):
+        return None
+    settings = getattr(value, "default_factory", None), getattr(value, "maxlen", None)
+    elements, attributes = _elements(value), attributes_of(value)
+    parts, spec = pytree.tree_flatten(elements, is_leaf=lambda x: x is not elements)
+    return [*parts, *attributes.values()], lambda others: _Opened(
+        type(value),
+        pytree.tree_unflatten(others[: len(parts)], spec),
+        dict(zip(attributes, others[len(parts) :], strict=True)),
+        settings,
+    )
+
+
+def _repeated(value: Any, met: dict[int, int]) -> set[int]:
+    """What is in a value twice, by ids; ``met`` counts."""
+    inside = _inside(value)
+    if inside is not None:
+        met[id(value)] = met.get(id(value), 0) + _is_one(value)
+        if met[id(value)] < 2:
+            for part in inside[0]:
+                _repeated(part, met)
+    return {key for key, times in met.items() if times > 1}
+
+
+def _parted(value: Any, repeated: Collection[int], numbers: dict[int, int]) -> Any:
+    """A value as containers that pytree knows; where one comes again, it is named by its number."""
+    inside = _inside(value)
+    if inside is None:
+        return value
+    if id(value) in numbers:
+        return _Again(numbers[id(value)])
+    number = len(numbers)
+    if id(value) in repeated:
+        numbers[id(value)] = number
+    parts, put = inside
+    others = [_parted(part, repeated, numbers) for part in parts]
+    made = value if _is_known(value) and all(map(is_, others, parts)) else put(others)
+    return _First(made, number) if id(value) in repeated else made
+
+
+@dataclass(frozen=True)
+class _First:
+    """What comes again."""
+
+    value: Any
+    number: int
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What came before."""
+
+    number: int
+
+
+_TIED = threading.local()
+
+
+def _tied(values: Iterable[Any], number: int) -> Any:
+    [_TIED.made[number]] = values
+    return _TIED.made[number]
+
+
+pytree.register_pytree_node(_First, lambda first: ([first.value], first.number), _tied)
+pytree.register_pytree_node(_Again, lambda again: ([], again.number), lambda values, number: _TIED.made[number])
 
 
 def _taken(opened: _Opened) -> tuple[list[Any], Any]:

@@ -60,7 +60,7 @@ def trace_of(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -
     for fill in (_easy, _regular):
         try:
             given = pytree.tree_map_only(Tensor, partial(_made, fill, device), (args, kwargs))
-            with _kept_generators(device), _traced(device) as trace:
+            with _kept_generators(target, device), _traced(device) as trace:
                 out = target(*given[0], **given[1])
             del out
             return tuple(trace)
@@ -132,6 +132,8 @@ def _regular(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _kept_generators(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def _kept_generators(target: OpOverload, device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they are, where an operator draws: other threads may draw meanwhile, too."""
+    draws = torch.Tag.nondeterministic_seeded in target.tags
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=draws):
         yield

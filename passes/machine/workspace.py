@@ -167,6 +167,12 @@ def _on_meta(target: OpOverload, args: Any, kwargs: Any) -> Call:
     return Call(target, args, kwargs, None)
 
 
+def _on_meta_too(target: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What the call returns, computed nowhere: what it makes of no tensor has no memory either, and draws nothing."""
+    placed = any(argument.name == "device" for argument in target._schema.arguments)
+    return target(*args, **({**kwargs, "device": torch.device("meta")} if placed else kwargs))
+
+
 def restrided(shape: Sequence[int], stride: Sequence[int], new: Sequence[int]) -> list[int]:
     """Strides of a tensor of another shape that lies in memory like this one: the same order, gaps where it has any.
 
@@ -237,7 +243,7 @@ def _costed(call: Call) -> tuple[Call, _Cost]:
     counter = FlopCounterMode(display=False)
     try:
         with counter:
-            out = call.target(*call.args, **call.kwargs)
+            out = _on_meta_too(call.target, call.args, call.kwargs)
     except (RuntimeError, NotImplementedError):  # the operator can't be told without running it
         out = ()
     tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs, out)) if isinstance(x, Tensor)]
@@ -270,7 +276,7 @@ def _smaller(call: Call, cut: Cut, dim: int, length: int) -> tuple[Call, int]:
     )
     args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(parts), (call.args, dict(call.kwargs)))
     args, kwargs = with_arguments(call.target, args, kwargs, cut.place(part, (first, last))[0])
-    out = call.target(*args, **kwargs)
+    out = _on_meta_too(call.target, args, kwargs)
     smaller = Call(call.target, args, kwargs, out)
     return smaller, smaller.shape[dim]
 

@@ -46,6 +46,39 @@ def test_what_is_around_it_is_in_the_same_graph():
     assert len(seen) == 1 and sum("region" in str(node.target) for node in seen[0].graph.nodes) == 1
 
 
+@pytest.mark.parametrize("draw", [torch.randn_like, lambda x: nn.functional.dropout(x, 0.3, True)])
+def test_a_model_that_dynamo_breaks_in_two_is_streamed_as_without_it(draw):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = TokenFeedForward(8), TokenFeedForward(8)
+
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x + draw(x))
+
+    model, x = Broken(), torch.randn(7, 32, 8)
+    streamed = fxstream.optimize(model, "min")
+    for module in (model, torch.compile(streamed, backend="eager")):
+        torch.manual_seed(1)
+        module.results = [module(x), module(x), torch.rand(2)]
+        if module is model:
+            wanted = module.results
+    assert [relative_l2(*pair) < 1e-6 for pair in zip(module.results, wanted, strict=True)] == [True] * 3
+    assert [plan.groups != () for plan in streamed.plans] == [True]
+
+
+def test_what_a_model_that_dynamo_breaks_in_two_is_refused_for_is_named():
+    class Seeding(nn.Module):
+        def forward(self, x):
+            torch.manual_seed(0)
+            return x + torch.randn_like(x)
+
+    with pytest.raises(fxstream.CaptureError, match="forward seeds torch's generator"):
+        torch.compile(fxstream.optimize(Seeding(), "min"), backend="eager")(torch.randn(2, 3))
+
+
 def test_results_that_are_no_tensors_alone():
     class Model(nn.Module):
         def forward(self, x, scale=2, *, named=True):

@@ -733,6 +733,28 @@ def test_arguments_are_told_apart_by_what_is_in_them():
     assert key(X, np.int64(1)) == key(X, np.int64(1)) != key(X, np.int64(2))
 
 
+def test_a_list_that_is_given_twice_is_one():
+    def appended(module, x, first, second):
+        first.append(x + 1)
+        return second[-1] * 2, len(second)
+
+    both = []
+    captured = capture(Call(appended), (X, both, both))
+    assert captured.inputs.key() != Inputs.of((X, [], []), {}).key()
+    found = captured.graph_module(X)
+    assert torch.equal(captured.result(found)[0], (X + 1) * 2) and captured.result(found)[1] == 1
+
+
+def test_a_list_that_holds_itself_is_refused():
+    def itself(module, x):
+        found = [x]
+        found.append(found)
+        return found
+
+    with pytest.raises(CaptureError, match="what forward returns holds itself"):
+        capture(Call(itself), (X,))
+
+
 def test_an_iterator_is_no_argument():
     with pytest.raises(CaptureError, match="list_iterator"):
         Inputs.of((X, iter([1])), {})
@@ -767,6 +789,20 @@ def test_layouts_are_those_of_a_real_run():
     assert [real for real, _ in seen.values()] == [fake for _, fake in seen.values()]
     convolution = next(node for node in graph_module.graph.nodes if node.target is torch.ops.aten.conv2d.default)
     assert convolution.meta["val"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_results_of_multihead_attention_are_laid_out_as_in_eager_mode(batch_first, training):
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first).requires_grad_(False).train(training)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=batch_first).requires_grad_(False).train(training)
+    calls = [lambda _, x: attention(x, x, x), lambda _, x: attention(x, x + 0, x)[0], lambda _, x: layer(x)]
+    for call, module in zip(calls, (attention, attention, layer), strict=True):
+        model = Call(call).requires_grad_(False)
+        model.inside, x = module, torch.randn(3, 7, 16)
+        captured, wanted = capture(model, (x,)), pytree.tree_leaves(model(x))
+        for found, own in zip(captured.graph_module(x), wanted, strict=True):
+            assert found.stride() == own.stride() and torch.allclose(found, own, atol=1e-6)
 
 
 def test_attention_with_graphs_of_its_own_is_named():

@@ -40,6 +40,11 @@ def strided_normal(x):
     return torch.zeros(1, 8, 32, 64)[..., ::2].normal_()
 
 
+def turned(x):
+    """The same in another order of memory, as torch's kernels for draws go by it."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 DRAWS = {
     "randn_like": torch.randn_like,
     "of channels last": lambda x: torch.randn_like(x.to(memory_format=torch.channels_last)),
@@ -47,7 +52,14 @@ DRAWS = {
     "normal_": lambda x: torch.empty_like(x).normal_(),
     "strided normal_": strided_normal,
     "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
+    "bernoulli of channels last": lambda x: torch.bernoulli(turned(x), 0.3),
+    "bernoulli_ of channels last": lambda x: turned(x).bernoulli_(0.3),
+    "strided bernoulli_": lambda x: torch.zeros(1, 8, 32, 64)[..., ::2].mT.bernoulli_(0.3),
     "dropout": lambda x: F.dropout(x, 0.3, True),
+    "dropout of channels last": lambda x: F.dropout(turned(x), 0.3, True),
+    "dropout of channels last, in place": lambda x: F.dropout(turned(x), 0.3, True, inplace=True),
+    "alpha dropout of channels last": lambda x: F.alpha_dropout(turned(x), 0.3, True),
+    "exponential_ of channels last": lambda x: turned(x).exponential_(),
     "dropout of nothing": lambda x: F.dropout(x, 0.0, True),
     "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.3),
     "multinomial": lambda x: torch.multinomial(x[0, 0].softmax(-1), 32)[None, None].float(),

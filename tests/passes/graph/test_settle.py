@@ -74,6 +74,11 @@ def advancing(self, x):
     return x * next(self.steps)
 
 
+def returned(self, x):
+    self.n += 1
+    return x * 2, self.n
+
+
 def set_anew(self, x):
     self.weight = nn.Parameter(self.weight * 2)
     return x * self.weight
@@ -81,6 +86,7 @@ def set_anew(self, x):
 
 REFUSED = {
     "counter": (read, {"n": 0}, r"forward changes 0\.n of 0 \(Call\) from 0 to 1, in the next call to 2"),
+    "counter returned": (returned, {"n": 0}, r"changes 0\.n of .* from 0 to 1, in the next call to 2"),
     "counter compared": (compared, {"n": 0}, r"changes 0\.n of .* from 0 to 1"),
     "counter in an object": (every_third, {"o": SimpleNamespace(n=0)}, r"changes 0\.o\.n .* from 0 to 1"),
     "counter in a global": (in_a_global, {}, r"changes COUNTS\['n'\] .* from nothing to 1, in the next call to 2"),
@@ -191,6 +197,53 @@ def test_what_a_call_leaves_is_written_back(name):
         for attribute in attributes():
             assert repr(getattr(mine, attribute)) == repr(getattr(its, attribute))
     assert mine._buffers.keys() == its._buffers.keys()
+
+
+def told_once(self, x):
+    first, self.last = self.last is None, x * 2
+    return x + 1, first
+
+
+def asked_once(self, x, options):
+    options["new"] = self.last is None
+    self.last = "seen"
+    return x + 1, options
+
+
+def made_once(self, x):
+    if self.last is None:
+        self.last = [1]
+        self.also = {"a": 2}
+    return x * 2, True
+
+
+def dropped_once(self, x):
+    if hasattr(self, "last"):
+        del self.last
+    return x * 2, True
+
+
+ONCE = {
+    "told in the result": (told_once, 2),
+    "told in an argument": (asked_once, 2),
+    "made": (made_once, 1),
+    "dropped": (dropped_once, 2),
+    "within the call": (lambda self, x: (within_the_call(self, x), True), 1),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_what_only_the_first_call_changes_needs_another_plan_where_it_shows(name):
+    function, plans = ONCE[name]
+    mine, its = Call(function, last=None), Call(function, last=None)
+    streamed = fxstream.optimize(mine, "min")
+    with torch.no_grad():
+        for number in range(3):
+            given = [({},) if function is asked_once else () for _ in range(2)]
+            found, wanted = streamed(X + number, *given[0]), its(X + number, *given[1])
+            assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1] and given[0] == given[1]
+            assert repr(getattr(mine, "last", 0)) == repr(getattr(its, "last", 0))
+    assert len(streamed.plans) == plans
 
 
 def test_what_a_call_needs_no_input_for_may_be_read_by_value():

@@ -62,6 +62,7 @@ CHANGES = {
     "deque": (collections.deque([1.0, 2.0]), lambda v: v.rotate()),
     "defaultdict": (collections.defaultdict(list), lambda v: v["a"]),
     "order of a dict": ({"a": 1, "b": 2}, lambda v: v.update(a=v.pop("a"))),
+    "order of an OrderedDict": (collections.OrderedDict(a=1, b=2), lambda v: v.move_to_end("a")),
     "key of a dict": ({"a": 1}, lambda v: v.update(b=v.pop("a"))),
     "set": ({1}, lambda v: v.add(2)),
     "ChainMap": (collections.ChainMap({"a": 1}), lambda v: v.update(a=2)),
@@ -125,9 +126,26 @@ def test_what_is_changed_in_a_model_is_seen(name):
     model = Model()
     before = Snapshot(roots_of(model))
     key = before.key()
+    assert before.holds() and before.holds()  # the second time by what the first has made ready
     MODEL_CHANGES[name](model)
     assert not before.holds()
     assert Snapshot(roots_of(model)).key() != key
+
+
+def test_what_is_set_to_what_it_is_holds_in_every_mode():
+    model = Model({"a": [1.0]})
+    before = Snapshot(roots_of(model))
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu"), torch.enable_grad()):
+        with context:
+            model.kept, model.kept["a"] = model.kept, model.kept["a"]
+            model.conv.padding, model.hidden[0].bias = model.conv.padding, model.hidden[0].bias
+            assert before.holds() and before.holds()
+            model.conv.stride = (2, 2)
+            assert not before.holds()
+            del model.conv.stride
+            assert not before.holds()
+            model.conv.stride = before.nodes[id(model.conv)].parts["attribute", "stride"]
+            assert before.holds()
 
 
 @pytest.mark.parametrize(

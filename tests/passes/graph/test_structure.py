@@ -89,3 +89,43 @@ def test_what_is_made_is_made_anew():
     first, second = (unflatten([X], (rest[0], value), spec)[1] for _ in range(2))
     assert first == second == [1, [2]]
     assert first is not second and first[1] is not second[1]
+
+
+def twice(kind):
+    one = kind()
+    return one, {"again": one, "other": kind()}
+
+
+TWICE = {
+    "list": lambda: twice(lambda: [X]),
+    "empty list": lambda: twice(list),
+    "dict in a list": lambda: twice(lambda: [{"a": X}])[::-1],
+    "list of a class of its own": lambda: twice(lambda: MyList([X])),
+    "object": lambda: twice(lambda: types.SimpleNamespace(a=X)),
+    "object without tensors": lambda: twice(lambda: Made(types.SimpleNamespace(a=1))),
+    "set": lambda: twice(lambda: Made({1})),
+    "list in an object": lambda: (lambda one: (types.SimpleNamespace(a=one, b=[one]), one))([X]),
+    "list in a list that is there twice": lambda: (lambda one: twice(lambda: [one, one]))([X]),
+}
+
+
+def identities(value, met):
+    """For each container and object in a value, the number of the first that is the same."""
+    if isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, Made):
+        value = value.value
+    inside = [*getattr(value, "__dict__", {}).values()]
+    inside += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    number = met.setdefault(id(value), len(met)) if type(value) is not tuple else None
+    return [number, *(each for part in inside for each in identities(part, met))]
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_what_is_in_a_value_twice_is_one(name):
+    value = TWICE[name]()
+    found = flatten(value)
+    assert flatten(TWICE[name]()).spec == found.spec
+    first, second = (unflatten(*found) for _ in range(2))
+    assert identities(first, {}) == identities(value, {}) == identities(second, {})
+    assert first[0] is not second[0]

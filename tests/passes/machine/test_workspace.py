@@ -317,6 +317,33 @@ def test_nothing_around_a_measurement_changes_it_or_is_changed(monkeypatch: pyte
     assert max(alone) > 0
 
 
+SHAPE = [64, 64]
+DRAWS = {
+    "randn": (aten.randn.default, (SHAPE,), {"device": torch.device("cpu")}),
+    "randn of a generator": (aten.randn.generator, (SHAPE,), {"generator": torch.Generator()}),
+    "randint": (aten.randint.low, (0, 5, SHAPE), {"device": torch.device("cpu"), "dtype": torch.float32}),
+    "randperm": (aten.randperm.default, (4096,), {}),
+    "randn_like": (aten.randn_like.default, (torch.ones(64, 64),), {"device": torch.device("cpu")}),
+    "bernoulli": (aten.bernoulli.p, (torch.ones(64, 64), 0.3), {}),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_no_generator_moves_where_a_draw_is_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FXSTREAM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(workspace, "_KNOWN", {})
+    target, args, kwargs = DRAWS[name]
+    state, own = torch.get_rng_state(), kwargs.get("generator", torch.Generator()).get_state()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = mode.from_tensor(torch.ones(64, 64))
+        workspace.call_workspace_bytes(target, out, args, kwargs)
+    assert any("4096" in known or "64" in known for known in kept("cpu", folder()).traces)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(kwargs.get("generator", torch.Generator()).get_state(), own)
+
+
 def test_a_users_operator_is_not_run() -> None:
     ran = []
 
