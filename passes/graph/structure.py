@@ -56,7 +56,9 @@ def flatten(value: Any) -> Flattened:
         return _is_size(part)
 
     leaves, spec = pytree.tree_flatten(value, is_leaf=meet)
-    if any(map(_holds_tensors, leaves)) or _repeat(met):
+    repeats = _repeat(met)
+    met.clear()  # pytree leaves ``meet`` to the collector
+    if repeats or any(map(_holds_tensors, leaves)):
         parted = _parted(value, _repeated(value, {}), {})
         leaves, spec = pytree.tree_flatten(parted, is_leaf=_is_size)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
@@ -68,7 +70,10 @@ def unflatten(tensors: Sequence[torch.Tensor], rest: Sequence[Any], spec: pytree
     given, copied = iter(tensors), dict[int, Any]()
     leaves = (leaf.copy(copied) if isinstance(leaf, Made) else leaf for leaf in rest)
     _TIED.made = {}
-    return pytree.tree_unflatten([next(given) if leaf is TENSOR else leaf for leaf in leaves], spec)
+    try:
+        return pytree.tree_unflatten([next(given) if leaf is TENSOR else leaf for leaf in leaves], spec)
+    finally:
+        _TIED.made = {}
 
 
 def _is_size(value: Any) -> bool:
@@ -151,16 +156,21 @@ def _repeat(values: Iterable[Any]) -> bool:
     return len(set(ids)) < len(ids)
 
 
+def _all_but(identity: int) -> Callable[[Any], bool]:
+    """Whether a value is another than the one of that id. It is not held: pytree leaves this to the collector."""
+    return lambda value: id(value) != identity
+
+
 def _inside(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """What is in a container, or an object with tensors, and how to put others there; None of a leaf."""
     if _is_known(value):
-        parts, spec = pytree.tree_flatten(value, is_leaf=lambda x: x is not value)
+        parts, spec = pytree.tree_flatten(value, is_leaf=_all_but(id(value)))
         return parts, lambda others: pytree.tree_unflatten(others, spec)
     if not _holds_tensors(value):
         return None
     settings = getattr(value, "default_factory", None), getattr(value, "maxlen", None)
     elements, attributes = _elements(value), attributes_of(value)
-    parts, spec = pytree.tree_flatten(elements, is_leaf=lambda x: x is not elements)
+    parts, spec = pytree.tree_flatten(elements, is_leaf=_all_but(id(elements)))
     return [*parts, *attributes.values()], lambda others: _Opened(
         type(value),
         pytree.tree_unflatten(others[: len(parts)], spec),

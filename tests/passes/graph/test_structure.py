@@ -1,5 +1,7 @@
 import collections
+import gc
 import types
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -129,3 +131,21 @@ def test_what_is_in_a_value_twice_is_one(name):
     first, second = (unflatten(*found) for _ in range(2))
     assert identities(first, {}) == identities(value, {}) == identities(second, {})
     assert first[0] is not second[0]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "object", "twice"])
+def test_nothing_is_held_that_the_collector_would_have_to_find(kind):
+    """What a stage of a pipeline has made is counted for as long as something holds it."""
+    tensor = torch.ones(3)
+    inside = [tensor]
+    made = {"tuple": (tensor,), "dict": {"a": inside}, "object": Slotted(tensor), "twice": [inside, inside]}
+    value, alive = made.pop(kind), weakref.ref(tensor)
+    del made, inside, tensor
+    gc.disable()
+    try:
+        flat = flatten(value)
+        back = unflatten(*flat)
+        del value, flat, back
+        assert alive() is None
+    finally:
+        gc.enable()
