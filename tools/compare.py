@@ -46,7 +46,7 @@ def _read(name: str, args: argparse.Namespace) -> Document:
             if found["format"] != FORMAT:
                 raise UsageError(f"{name} is a {found['format']!r}, this version reads {FORMAT!r}; inspect it again")
             return found
-    args.measure = False
+    args.measure, args.offload = False, None
     return inspect(name, args).found
 
 
