@@ -26,7 +26,8 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
 
     `before` and `after` have the schedule as `nodes`, and as `tensors` each storage with the positions in the schedule
     between which it lives, both included. What is live at a node and is no tensor's is inside it: a kernel's workspace,
-    or a loop.
+    or a loop. `fetched` are the weights that live on disk, `moved_bytes` what a call reads of them;
+    `resident_weight_bytes` are those of the others.
     """
     from fxstream.tools.listing import loop_listings
 
@@ -54,6 +55,9 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
         "barriers": [asdict(barrier) for barrier in plan.barriers],
         "machine": plan.machine,
         "unmeasured": [asdict(operator) for operator in plan.unmeasured],
+        "resident_weight_bytes": plan.after.weight_bytes,
+        "moved_bytes": plan.moved_bytes,
+        "fetched": [asdict(weight) for weight in plan.fetched],
         "seconds": plan.seconds,
     }
 

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 
+from fxstream.tools.cli import main
 from fxstream.tools.document import FORMAT, to_csv, to_json
 
 
@@ -18,6 +19,16 @@ def test_it_is_the_plan(nested):
     assert {group["depth"] for group in found["groups"]} >= {0, 1}
     assert all(group["code"] for group in found["groups"])
     assert found["added_flops"] == plan.added_flops
+
+
+def test_weights_on_disk(capsys):
+    assert main(["inspect", "sd-vae", "--small", "--quiet", "--offload", "disk", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fetched"]
+    assert found["moved_bytes"] == sum(weight["bytes"] * weight["times"] for weight in found["fetched"])
+    assert 0 <= found["resident_weight_bytes"] < found["weight_bytes"]
+    names = {node["name"].rpartition("/")[2].partition("_")[0] for node in found["after"]["nodes"]}
+    assert {"fetch", "fetched"} <= names
 
 
 def test_tensors_and_what_is_inside_a_node_make_what_is_live(nested):
