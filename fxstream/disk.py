@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Disk:
             )
         if kind != "disk" or (colon and not folder):
             raise ValueError(f'offload {offload!r} can\'t be read: use None, "disk" or "disk:FOLDER"')
+        if platform.system() != "Linux":
+            raise ValueError(f"offload={offload!r}: which file memory is mapped from is known on Linux alone so far")
         if folder and not Path(folder).is_dir():
             raise ValueError(f"offload {offload!r}: there is no folder {folder}")
         return Disk(folder or None)

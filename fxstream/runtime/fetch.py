@@ -74,7 +74,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self._threads: ThreadPoolExecutor | None = None
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # not where processes can't be forked
+            os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         self._threads = None

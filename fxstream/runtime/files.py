@@ -12,12 +12,11 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from mmap import PAGESIZE
 from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class OpenFile:
@@ -55,7 +54,7 @@ class Region:
         """Whether memory may hold something else than the file does."""
         if not self.private or not size:
             return False
-        first, last = address // PAGE, (address + size - 1) // PAGE
+        first, last = address // PAGESIZE, (address + size - 1) // PAGESIZE
         try:
             with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
                 entries = os.pread(pagemap.fileno(), 8 * (last - first + 1), 8 * first)

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from fxstream.runtime.files import PAGE, OpenFile
+from fxstream.runtime.files import OpenFile
 
 
 class _Memory(mmap.mmap):
@@ -31,7 +31,7 @@ def spill(tensors: Sequence[torch.Tensor], folder: str | None = None) -> None:
     be made; nothing is moved then.
     """
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-    sizes = [-(-storage.nbytes() // PAGE) * PAGE for storage in storages.values()]
+    sizes = [_in_pages(storage.nbytes()) for storage in storages.values()]
     offsets = list(accumulate(sizes, initial=0))
     if not offsets[-1]:
         return
@@ -42,13 +42,18 @@ def spill(tensors: Sequence[torch.Tensor], folder: str | None = None) -> None:
             ctypes.memmove(_address(memory) + offset, storage.data_ptr(), storage.nbytes())
             data = torch.frombuffer(memory, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
             moved[key] = data.untyped_storage()
-            memory.flush(offset, -(-storage.nbytes() // PAGE) * PAGE)
-            memory.madvise(mmap.MADV_DONTNEED, offset, -(-storage.nbytes() // PAGE) * PAGE)
+            memory.flush(offset, _in_pages(storage.nbytes()))
+            memory.madvise(mmap.MADV_DONTNEED, offset, _in_pages(storage.nbytes()))
     for tensor in tensors:
         there = moved.get(tensor.untyped_storage()._cdata)
         if there is not None:
             empty = torch.empty(0, dtype=tensor.dtype)
             tensor.data = empty.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _in_pages(size: int) -> int:
+    """Bytes of the pages that so many bytes take."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _memory(folder: str, size: int) -> _Memory:
