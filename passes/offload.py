@@ -20,6 +20,9 @@ from fxstream.passes.rewriting.fetches import insert_fetches
 from fxstream.passes.stream import SLACK, Search, stream
 from fxstream.runtime.loop import SlicedLoop
 
+TRIES = 4
+"""How often weights are placed for less, where the graph that comes of it holds more than was told."""
+
 
 def offload(
     graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool = False, kept: Collection[str] = ()
@@ -30,16 +33,29 @@ def offload(
     the names ``kept`` stay where they are.
     """
     weights = profile(graph_module).weight_bytes
-    found: list[tuple[int, int, Block, Homes]] = []
-    for block in _streamed(graph_module, limit, weights, allow_recompute):
-        homes = place_weights(block.graph_module, limit, kept)
-        found.append((homes.peak_bytes, len(found), block, homes))
-        if limit is not None and homes.peak_bytes <= limit:
+    found: list[tuple[int, int, Block, tuple[Block, Homes]]] = []
+    for streamed in _streamed(graph_module, limit, weights, allow_recompute):
+        placed = _placed(streamed, limit, kept)
+        if limit is not None and placed[1].peak_bytes <= limit:
+            return placed
+        found.append((placed[1].peak_bytes, len(found), streamed, placed))
+    least, _, streamed, placed = min(found)
+    # The lowest is met within one per cent, for the least that is moved.
+    return placed if limit is not None else _placed(streamed, int(SLACK * least), kept)
+
+
+def _placed(streamed: Block, limit: int | None, kept: Collection[str]) -> tuple[Block, Homes]:
+    """A streamed block with its weights placed; what it holds is told by the graph that comes of it."""
+    asked = limit
+    for _ in range(TRIES):
+        homes = place_weights(streamed.graph_module, asked, kept)
+        graph_module = streamed.graph_module
+        block = _fetching(streamed, insert_fetches(graph_module, homes.stays)) if homes.stays else streamed
+        held = block.after.peak_bytes + block.after.weight_bytes
+        if limit is None or asked is None or held <= limit or homes.peak_bytes > asked:
             break
-    _, _, block, homes = found[-1] if limit is not None and found[-1][0] <= limit else min(found)
-    if limit is None:  # within one per cent of the lowest, for the least that is moved
-        homes = place_weights(block.graph_module, int(SLACK * homes.peak_bytes), kept)
-    return _fetching(block, insert_fetches(block.graph_module, homes.stays)) if homes.stays else block, homes
+        asked -= held - limit
+    return block, replace(homes, peak_bytes=held)
 
 
 def _streamed(graph_module: fx.GraphModule, limit: int | None, weights: int, allow_recompute: bool) -> Iterator[Block]:
