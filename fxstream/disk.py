@@ -53,9 +53,7 @@ class Disk:
 
         Raises ``OSError`` where the file can't be written; the model is as it was then.
         """
-        weights = [operator.attrgetter(name)(graph_module) for name in names]
-        if not all(map(_is_real, weights)):
-            return
+        weights = [weight for name, weight in _weights(graph_module).items() if name in names]
         locate(weights)
         storages = {_storage(weight) for weight in weights if region_of(weight) is None}
         spill([tensor for tensor in _tensors(model) if _storage(tensor) in storages], self.folder)
@@ -66,9 +64,8 @@ def checked(graph_module: fx.GraphModule, run: Callable[..., Any]) -> Callable[.
 
     Memory that is mapped from a part that a file has lost can't be read: the system ends the process.
     """
-    weights = _weights(graph_module).values()
     sizes: dict[OpenFile, int] = {}
-    for weight in weights:
+    for weight in _weights(graph_module).values():
         region = region_of(weight)
         if region is not None:
             end = region.offset_of(weight.data_ptr()) + weight.numel() * weight.element_size()
@@ -108,11 +105,11 @@ def _weights(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
     """The weights of a graph that have memory, by their names."""
     names = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     found = {name: operator.attrgetter(name)(graph_module) for name in names}
-    return {name: weight for name, weight in found.items() if isinstance(weight, torch.Tensor) and _is_real(weight)}
-
-
-def _is_real(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+    return {
+        name: weight
+        for name, weight in found.items()
+        if isinstance(weight, torch.Tensor) and not isinstance(weight, FakeTensor) and not weight.is_meta
+    }
 
 
 def refuse_elsewhere(tensors: Iterable[torch.Tensor]) -> None:

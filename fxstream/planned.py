@@ -153,9 +153,9 @@ def _budget_error(
     held: int,
     cached: int,
     resident: Resident | None,
-    kept: Collection[str] = (),
+    kept: Collection[str] | None = None,
 ) -> MemoryBudgetError:
-    offloaded = bool(made.fetched)
+    offloaded = kept is not None
     account = "weights, inputs and activations"
     if budget.share is not None:
         account = "weights and activations" if offloaded else "activations alone"

@@ -20,9 +20,6 @@ from fxstream.passes.rewriting.fetches import insert_fetches
 from fxstream.passes.stream import SLACK, Search, stream
 from fxstream.runtime.loop import SlicedLoop
 
-TRIES = 4
-"""How often weights are placed for less, where the graph that comes of it holds more than was told."""
-
 
 def offload(
     graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool = False, kept: Collection[str] = ()
@@ -46,16 +43,9 @@ def offload(
 
 def _placed(streamed: Block, limit: int | None, kept: Collection[str]) -> tuple[Block, Homes]:
     """A streamed block with its weights placed; what it holds is told by the graph that comes of it."""
-    asked = limit
-    for _ in range(TRIES):
-        homes = place_weights(streamed.graph_module, asked, kept)
-        graph_module = streamed.graph_module
-        block = _fetching(streamed, insert_fetches(graph_module, homes.stays)) if homes.stays else streamed
-        held = block.after.peak_bytes + block.after.weight_bytes
-        if limit is None or asked is None or held <= limit or homes.peak_bytes > asked:
-            break
-        asked -= held - limit
-    return block, replace(homes, peak_bytes=held)
+    homes = place_weights(streamed.graph_module, limit, kept)
+    block = _fetching(streamed, insert_fetches(streamed.graph_module, homes.stays)) if homes.stays else streamed
+    return block, replace(homes, peak_bytes=block.after.peak_bytes + block.after.weight_bytes)
 
 
 def _streamed(graph_module: fx.GraphModule, limit: int | None, weights: int, allow_recompute: bool) -> Iterator[Block]:

@@ -230,8 +230,15 @@ def _bytes_of(graph: fx.Graph, op: str) -> int:
 
 
 def _stays_at_home(weight: fx.Node) -> bool:
-    """Whether a weight is only fetched."""
-    return bool(weight.users) and all(user.target is fetch or _fetches(user, weight) for user in weight.users)
+    """Whether a weight, or a view of one, is only fetched."""
+    memory = {key for key, _ in storages_of(weight.meta["val"])}
+
+    def leaves_it(user: fx.Node) -> bool:
+        if user.target is fetch or _fetches(user, weight):
+            return True
+        return memory == {key for key, _ in storages_of(user.meta.get("val"))} and _stays_at_home(user)
+
+    return bool(weight.users) and all(map(leaves_it, weight.users))
 
 
 def _fetches(call: fx.Node, weight: fx.Node) -> bool:

@@ -92,16 +92,17 @@ def place_weights(graph_module: fx.GraphModule, limit: int | None, kept: Collect
     Weights of the names ``kept`` stay. Where the limit can't be met, ``peak_bytes`` of the result says what the least
     is.
     """
-    sizes, pinned = _movable(graph_module, kept)
-    least = max(pinned + _least(graph_module, {key: size for key, (_, size) in sizes.items()}), limit or 0)
-    timeline = _Timeline({key: size for key, (_, size) in sizes.items()}, least - pinned)
+    movable, pinned = _movable(graph_module, kept)
+    sizes = {key: size for key, (_, size) in movable.items()}
+    room = max(_least(graph_module, sizes), (limit or 0) - pinned)
+    timeline = _Timeline(sizes, room)
     timeline.walk(graph_module, (), 1, 0, set(sizes))
-    weights = [Weight(key, name, size, tuple(timeline.uses[key])) for key, (name, size) in sizes.items()]
-    left = least - pinned - torch.tensor(timeline.held, dtype=torch.int64)
+    weights = [Weight(key, name, size, tuple(timeline.uses[key])) for key, (name, size) in movable.items()]
+    left = room - torch.tensor(timeline.held, dtype=torch.int64)
     moving = _moving(weights, left)
     stays = _begun(_merged(moving, left), left, timeline)
     resident = pinned + sum(weight.bytes for weight in set(weights) - set(moving))
-    return Homes(tuple(stays), resident, least - int(left.min()) if len(left) else pinned)
+    return Homes(tuple(stays), resident, pinned + (room - int(left.min()) if len(left) else 0))
 
 
 def _movable(graph_module: fx.GraphModule, names: Collection[str]) -> tuple[dict[int, tuple[str, int]], int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -57,9 +58,12 @@ class _Fetching:
             if self._lies_in_a_fetched(node):
                 continue  # a view, which is taken where it is read
             inside = [stay for stay in self.inside if stay.path[len(self.path)] == node.name]
-            self.env[node] = self.graph.node_copy(node, self._read)
             if inside:
+                at_home = {stay.weight.storage for stay in inside}
                 loops[str(node.target)] = self._loop(node, inside)
+                self.env[node] = self.graph.node_copy(node, partial(self._given, at_home))
+            else:
+                self.env[node] = self.graph.node_copy(node, self._read)
         self.graph.node_copy(self.source.graph.output_node(), self._read)
         return rebuilt(self.source, self.graph, "Fetching", loops)
 
@@ -87,13 +91,19 @@ class _Fetching:
     def _lies_in_a_fetched(self, node: fx.Node) -> bool:
         return not memories(node.meta.get("val")).isdisjoint(self.homes)
 
+    def _given(self, at_home: set[int], node: fx.Node) -> fx.Node:
+        """A node as it is given to a body, which fetches those weights itself, whether they are here or not."""
+        if memories(node.meta["val"]).isdisjoint(at_home):
+            return self._read(node)
+        if node not in self.env:  # a view of a weight that is fetched here, too
+            self.env[node] = self.graph.node_copy(node, partial(self._given, at_home))
+        return self.env[node]
+
     def _read(self, node: fx.Node) -> fx.Node:
         """A node as it is read now: a view of a weight is taken of what was fetched."""
         if not self._lies_in_a_fetched(node):
             return self.env[node]
         if node not in self.present:
-            if node in self.env:
-                return self.env[node]  # at home, for a body that fetches it
             copy = self.present[node] = self.graph.node_copy(node, self._read)
             with torch.no_grad(), self.mode:
                 copy.meta["val"] = evaluate(copy)

@@ -133,6 +133,14 @@ def test_what_else_lies_in_a_weight_s_memory_keeps_it_there():
     assert relative_l2(streamed(X), model(X)) <= 1e-6
 
 
+def test_where_all_weights_stay_the_error_counts_them():
+    model = Deep()
+    state = model.state_dict()
+    with pytest.raises(fxstream.MemoryBudgetError, match=r"24 of the weights stay") as caught:
+        fxstream.optimize(model, "1MiB", (X,), offload="disk")
+    assert caught.value.lowest_bytes > sum(tensor.nbytes for tensor in state.values())
+
+
 class TestWeightsThatChange:
     @pytest.fixture
     def streamed(self):

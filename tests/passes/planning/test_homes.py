@@ -131,6 +131,29 @@ def test_a_loop_around_others_fetches_in_its_body_where_the_limit_asks_for_it():
     assert {stay.path for stay in outside.stays} <= {(), ("loop_0",)}
 
 
+class Shared(Widening):
+    """Weights that are read before a loop around others, and in it, one of them through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x):
+        x = x * (1 + self.wide[0].weight.abs().mean() + self.table.square().mean())
+        return super().forward(x + self.table.unsqueeze(0).tanh().mean(1, keepdim=True))
+
+
+def test_what_is_fetched_outside_a_loop_is_at_home_to_its_body():
+    model, x = Shared(), torch.randn(4, 256, 32)
+    block = stream(graph_of(model, x), None)
+    homes = place_weights(block.graph_module, None)
+    paths = {name: {stay.path for stay in homes.stays if stay.weight.name == name} for name in ("model.wide.0.weight",)}
+    assert paths["model.wide.0.weight"] == {(), ("loop_0",)}
+    fetching = insert_fetches(block.graph_module, homes.stays)
+    assert total(fetching) == homes.peak_bytes
+    assert torch.equal(fetching(x)[0], block.graph_module(x)[0])
+
+
 def test_uses_are_those_of_the_schedule():
     graph_module = graph_of(Towers(), torch.randn(4, 64))
     schedule = analyze(graph_module).schedule
