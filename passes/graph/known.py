@@ -174,8 +174,12 @@ class KnownValues(TorchFunctionMode):
 
     def _in_storages_of(self, tensors: Sequence[Any]) -> list[tuple[Tensor, Tensor, frozenset[int]]]:
         """All that is known of tensors that share a storage with one of these."""
-        written = {_storage(self._known[id(tensor)][1]) for tensor in tensors if id(tensor) in self._known}
-        return [known for known in self._known.values() if _storage(known[1]) in written]
+        written = [self._known[id(tensor)][1] for tensor in tensors if id(tensor) in self._known]
+        if not written:
+            return []
+        with out_of_sight():
+            storages = set(map(_storage, written))
+            return [known for known in self._known.values() if _storage(known[1]) in storages]
 
 
 @contextmanager
