@@ -9,7 +9,7 @@ LINT := fxstream passes tools tests
 
 .PHONY: venv browser test test-isa fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile
 .PHONY: bench-check bench-rehash bench-offload
-.PHONY: table table-compile table-pipeline comparison pictures docs clean
+.PHONY: table table-compile table-pipeline table-offload comparison pictures docs clean
 
 venv: $(STAMP)
 
@@ -104,6 +104,10 @@ table-compile: venv
 # PIPELINES="svd svd-xt animatediff" for others than svd.
 table-pipeline: venv
 	$(BIN)/python -m fxstream.tools.pipeline_table $(PIPELINES)
+
+# Budgets below the weights. MODELS="svd-unet svd" for some of them.
+table-offload: venv
+	$(BIN)/python -m fxstream.tools.offload_table $(MODELS)
 
 # The manual's pictures, of the plan as it is made now.
 pictures: browser

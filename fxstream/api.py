@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from fxstream.budget import Budget
-from fxstream.disk import Disk
+from fxstream.disk import Disk, Store
 from fxstream.model import optimize_model
+from fxstream.passes.graph.capture import owner
 from fxstream.planned import compile_call
 from fxstream.rehash.settings import StepRehash
 
@@ -37,11 +38,10 @@ def plan(
     """
     budget, disk = Budget.parse(memory_budget), Disk.parse(offload)
     if is_pipeline(model):
-        _refuse_offload(disk, "a pipeline")
         from fxstream.pipeline.pipeline import plan_pipeline
 
         keywords = {"budget": budget, "allow_recompute": allow_recompute}
-        return plan_pipeline(model, keywords, _named(args, kwargs, call))
+        return plan_pipeline(model, keywords, _named(args, kwargs, call), disk)
     _refuse(call, "plan", model)
     return compile_call(model, args, kwargs or {}, budget, allow_recompute, weights_move=disk is not None).plan
 
@@ -84,7 +84,8 @@ def optimize(
     A diffusers pipeline is changed in place and returned: its denoisers, and what its VAE offers of ``encode`` and
     ``decode``, become stages, each of which may hold ``memory_budget`` together with the other components. With
     ``call``, arguments of the pipeline's call such as ``height``, ``width`` and ``num_frames``, all stages are planned
-    now. ``restore`` undoes it.
+    now. With ``offload`` the weights of all components live on disk, and text and image encoders become stages, too: a
+    stage holds those of its own weights that stay by its plan. ``restore`` undoes it; weights stay where they are.
     """
     budget, disk = Budget.parse(memory_budget), Disk.parse(offload)
     if not isinstance(step_rehash, StepRehash | None):
@@ -94,10 +95,9 @@ def optimize(
         from fxstream.compiled import check_compiler  # and with it Dynamo, which takes seconds
 
         backend = check_compiler(compile, "compile")
-    if step_rehash is not None:
-        _refuse_offload(disk, "Step Rehash")
+    if step_rehash is not None and disk is not None:
+        raise ValueError("offload= does not go with Step Rehash yet: leave out one of them")
     if is_pipeline(model):
-        _refuse_offload(disk, "a pipeline")
         from fxstream.pipeline.pipeline import optimize_pipeline
 
         keywords = {
@@ -106,9 +106,10 @@ def optimize(
             "backend": backend,
             "step_rehash": step_rehash,
         }
-        return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call))
+        return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call), disk)
     _refuse(call, "optimize", model)
-    streamed = optimize_model(model, budget, allow_recompute, step_rehash, backend, disk=disk)
+    store = None if disk is None else Store(disk, lambda: [owner(model)[0]])
+    streamed = optimize_model(model, budget, allow_recompute, step_rehash, backend, store=store)
     if example_args is not None or example_kwargs is not None:
         streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
     return streamed
@@ -126,11 +127,6 @@ def restore(pipeline: Any) -> Any:
 def is_pipeline(model: Any) -> bool:
     """Whether this is a pipeline as diffusers has them: something to call that is made of components."""
     return callable(model) and not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), dict)
-
-
-def _refuse_offload(disk: Disk | None, what: str) -> None:
-    if disk is not None:
-        raise ValueError(f"offload= does not go with {what} yet: optimize a module, or a bound method of one, with it")
 
 
 def _named(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, call: Mapping[str, Any]) -> dict[str, Any]:

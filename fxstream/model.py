@@ -10,10 +10,9 @@ import torch
 
 from fxstream.budget import Budget, Resident
 from fxstream.compile.regions import Region
-from fxstream.disk import Disk, checked, refuse_elsewhere
+from fxstream.disk import Store
 from fxstream.module import StreamedModule
 from fxstream.passes.graph.call import Inputs
-from fxstream.passes.graph.capture import owner
 from fxstream.passes.graph.places import Place
 from fxstream.planned import Compiled, compile_call
 from fxstream.rehash.rehash import rehash_module
@@ -27,32 +26,33 @@ def optimize_model(
     step_rehash: StepRehash | None = None,
     backend: str | None = None,
     resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
-    disk: Disk | None = None,
+    store: Store | None = None,
 ) -> StreamedModule:
     """A streamed module in place of ``model``, or with ``step_rehash`` one that skips steps.
 
     ``resident``, given a call's input tensors, says what the device holds beside them and the activations; by itself a
-    module is taken to be alone there with the weights that the call uses. With ``disk`` weights may live there.
+    module is taken to be alone there with the weights that the call uses. With a ``store`` weights may live on disk,
+    and ``resident`` tells what is held beside the module's own.
     """
-    if disk is not None:
-        refuse_elsewhere(owner(model)[0].parameters())
 
     def compiler(args: Sequence[Any], kwargs: Mapping[str, Any], live: Collection[Place]) -> Compiled:
+        if store is not None:
+            store.refuse_elsewhere()
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
-        compiled = compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live, disk is not None)
-        if disk is not None:
-            names = {weight.name for weight in compiled.plan.fetched}
-            disk.take(compiled.graph_module, names, owner(model)[0])
-            compiled = replace(compiled, run=checked(compiled.graph_module, compiled.run))
+        compiled = compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live, store is not None)
+        if store is not None:
+            fetched = {weight.name for weight in compiled.plan.fetched}
+            compiled = replace(compiled, run=store.running(compiled.graph_module, fetched, compiled.run))
         return compiled
 
     def fits(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
         if resident is None or compiled.resident is None or budget.total_bytes is None:
             return True
         held, made = resident(tensors).bytes, compiled.plan
-        return held <= max(compiled.resident.bytes, budget.total_bytes - made.input_bytes - made.peak_bytes)
+        mine = made.input_bytes + made.peak_bytes + (0 if store is None else made.after.weight_bytes)
+        return held <= max(compiled.resident.bytes, budget.total_bytes - mine)
 
     if step_rehash is not None:
         return rehash_module(model, budget, step_rehash, allow_recompute, backend, resident, fits)
-    region = Region(budget, backend, allow_recompute) if disk is None else None
+    region = Region(budget, backend, allow_recompute) if store is None else None
     return StreamedModule(model, compiler, region, fits)

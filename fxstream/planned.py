@@ -77,7 +77,7 @@ def plan_captured(
         graph_module = normalize(captured.graph_module)
     seconds = time.perf_counter() - began
     if weights_move:
-        fitted, made = fit_with_weights(graph_module, budget, seconds, allow_recompute)
+        fitted, made = fit_with_weights(graph_module, budget, seconds, allow_recompute, resident)
     else:
         fitted, made = fit_graph(graph_module, budget, seconds, allow_recompute, resident)
     return Compiled(captured, fitted, made, fitted.forward, resident)
@@ -117,23 +117,28 @@ def fit_graph(
 
 
 def fit_with_weights(
-    graph_module: fx.GraphModule, budget: Budget, seconds: float, allow_recompute: bool = False
+    graph_module: fx.GraphModule,
+    budget: Budget,
+    seconds: float,
+    allow_recompute: bool = False,
+    resident: Resident | None = None,
 ) -> tuple[fx.GraphModule, Plan]:
     """Rewrite a graph to a budget for its activations and those of its weights that are on the device together.
 
-    A share refers to the captured graph's peak and all its weights. Its capture took ``seconds``.
+    A share refers to the captured graph's peak and all its weights. ``resident`` is held beside them. The graph's
+    capture took ``seconds``.
     """
     planning = time.perf_counter()
     with internal_errors("planning", graph_module):
         before = profile(graph_module)
-        inputs = int(before.input_bytes)
-        limit = budget.activation_bytes(before.peak_bytes + before.weight_bytes, inputs)
+        held = int(before.input_bytes) + (0 if resident is None else resident.bytes)
+        limit = budget.activation_bytes(before.peak_bytes + before.weight_bytes, held)
         kept = kept_weights(graph_module)
         block, homes = offload(graph_module, limit, allow_recompute, kept)
         times = {"capture": seconds, "planning": time.perf_counter() - planning}
         made = make_plan(before, block, limit, times, homes)
     if limit is not None and homes.peak_bytes > limit:
-        raise _budget_error(made, budget, limit, inputs, 0, None, kept)
+        raise _budget_error(made, budget, limit, held, 0, resident, kept)
     return written(block.graph_module), made
 
 
@@ -180,11 +185,12 @@ def _budget_error(
     if cached:
         message += f". Held between steps: {format_bytes(cached)}"
     if budget.share is None and held + cached >= allowed + extra:
-        message += f". Weights and inputs alone hold {format_bytes(held)}"
-        if not offloaded and resident is None and made.weight_bytes:
+        message += f". {'Inputs' if offloaded else 'Weights and inputs'} alone hold {format_bytes(held)}"
+        if not offloaded and made.weight_bytes:
             message += ': with offload="disk" weights can be read when they are needed'
     elif stage and budget.share is None:
-        message += f". Beside its activations the pipeline holds {format_bytes(held + cached)}"
+        own = "weights and activations" if offloaded else "activations"
+        message += f". Beside its {own} the pipeline holds {format_bytes(held + cached)}"
     message += (
         '. Ask for memory_budget="min", a larger budget, or a smaller input; the error\'s plan shows what holds it.'
     )

@@ -55,9 +55,10 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class FetchedWeight:
-    """A weight that lives on disk: its ``bytes`` are fetched ``times`` in a call, in the loop ``inside`` if not "".
+    """A weight that lives on disk: ``bytes`` of it are read ``times`` in a call, in the loop ``inside`` if not "".
 
-    ``name`` is that of the attribute, as the rewritten graph has it.
+    Those are all of it, or of a table the rows that are looked up. ``name`` is that of the attribute, as the rewritten
+    graph has it.
     """
 
     name: str
@@ -204,10 +205,11 @@ def make_plan(
     groups = tuple(_groups(block, position, (), 0))
     after, blocked = _unfolded(block), barriers(block.program)
     machine, unknown = machine_name(block.program.device.type), unmeasured(block.program)
-    fetched = tuple(
-        FetchedWeight(stay.weight.name, stay.weight.bytes, stay.times, "/".join(stay.path))
-        for stay in (homes.stays if homes else ())
-    )
+    fetched: tuple[FetchedWeight, ...] = ()
+    if homes is not None:
+        stays = ((stay.weight, stay.times, "/".join(stay.path)) for stay in homes.stays)
+        fetched = tuple(FetchedWeight(weight.name, weight.bytes, times, inside) for weight, times, inside in stays)
+        fetched += tuple(FetchedWeight(lookup.name, lookup.bytes, 1, "") for lookup in homes.lookups)
     return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown, fetched)
 
 

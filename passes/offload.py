@@ -3,7 +3,7 @@
 Half of the limit is given to activations, or a half of that where the weights that a node needs don't fit beside them,
 and so on: small slices cost time, while weights are fetched beside the kernels. Loops are sought side by side first,
 which fetch a weight once. A loop around nearly all of the graph fetches in its body, once a slice, and is taken where
-the budget asks for it.
+the budget asks for it. Tables are looked up where they are, whatever the limit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fxstream.passes.graph.liveness import profile
 from fxstream.passes.planning.homes import Homes, place_weights
 from fxstream.passes.planning.tree import Block, Loop
 from fxstream.passes.rewriting.fetches import insert_fetches
+from fxstream.passes.rewriting.lookups import look_up
 from fxstream.passes.stream import SLACK, Search, stream
 from fxstream.runtime.loop import SlicedLoop
 
@@ -29,6 +30,14 @@ def offload(
     ``None`` asks for the lowest reachable. Where the limit can't be met, the result is the lowest reached. Weights of
     the names ``kept`` stay where they are.
     """
+    graph_module, lookups = look_up(graph_module, kept)
+    block, homes = _within(graph_module, limit, allow_recompute, kept)
+    return block, replace(homes, lookups=lookups)
+
+
+def _within(
+    graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool, kept: Collection[str]
+) -> tuple[Block, Homes]:
     weights = profile(graph_module).weight_bytes
     found: list[tuple[int, int, Block, tuple[Block, Homes]]] = []
     for streamed in _streamed(graph_module, limit, weights, allow_recompute):

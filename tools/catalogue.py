@@ -461,7 +461,7 @@ def shallow(name: str) -> Entry:
 
 
 def build(
-    name: str,
+    name: str | Entry,
     *,
     frames: int | None = None,
     height: int | None = None,
@@ -473,10 +473,10 @@ def build(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Returns the model (or its method) at its published configuration, in eval mode, with its args and kwargs.
 
-    `height` and `width` are in pixels; what is not given is as the entry says. With `fake`, weights and inputs are
-    fake tensors of one FakeTensorMode and nothing is allocated; without, weights and inputs are random.
+    `name` may be an entry itself. `height` and `width` are in pixels; what is not given is as the entry says. With
+    `fake`, weights and inputs are fake tensors of one FakeTensorMode and nothing is allocated; without, they are random.
     """
-    entry = _entry(name)
+    entry = name if isinstance(name, Entry) else _entry(name)
     shape = entry.shape.resized(frames=frames, height=height, width=width, batch=batch)
     with building(device, fake):
         model = _construct(entry, entry.config, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,16 +39,15 @@ def weights_of(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.buffers()
 
 
-def weight_bytes(modules: Mapping[str, nn.Module], device: torch.device | None = None) -> dict[str, int]:
-    """Bytes of each component's weights, of those on ``device`` alone where one is given.
+def weight_bytes(
+    modules: Mapping[str, nn.Module], counted: Callable[[torch.Tensor], bool] = lambda weight: True
+) -> dict[str, int]:
+    """Bytes of each component's weights, of those that are ``counted``.
 
     Weights that components share count for the first of them.
     """
     seen: set[int] = set()
-    found = {}
-    for name, module in modules.items():
-        weights = [weight for weight in weights_of(module) if device is None or same_device(weight.device, device)]
-        found[name] = sum(_new_bytes(weights, seen))
+    found = {name: sum(_new_bytes(filter(counted, weights_of(module)), seen)) for name, module in modules.items()}
     return {name: size for name, size in found.items() if size}
 
 

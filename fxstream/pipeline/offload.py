@@ -38,7 +38,7 @@ def _refuse_parts(name: str, component: nn.Module) -> None:
         if by_layers or by_groups:
             raise ValueError(
                 f"the weights of {name} come to the device a part at a time, where a plan finds them all or none: use "
-                "enable_model_cpu_offload() instead of sequential or group offloading"
+                'enable_model_cpu_offload(), or on the CPU offload="disk", instead of sequential or group offloading'
             )
 
 
@@ -59,13 +59,24 @@ class Device:
 
 
 @contextmanager
-def hooks_removed(pipeline: Any) -> Iterator[None]:
-    """Without the hooks of ``enable_model_cpu_offload``; afterwards they are on the components that are there then."""
+def hooks_removed(pipeline: Any, for_good: bool = False) -> Iterator[None]:
+    """Without the hooks of ``enable_model_cpu_offload``; afterwards they are on the components that are there then.
+
+    ``for_good``: afterwards only where something was raised.
+    """
     if not getattr(pipeline, "_all_hooks", None):
         yield
         return
     pipeline.remove_all_hooks()
     try:
         yield
-    finally:
-        pipeline.enable_model_cpu_offload(device=pipeline._offload_device)
+    except BaseException:
+        hook_again(pipeline)
+        raise
+    if not for_good:
+        hook_again(pipeline)
+
+
+def hook_again(pipeline: Any) -> None:
+    """Give a pipeline the hooks back that it had."""
+    pipeline.enable_model_cpu_offload(device=pipeline._offload_device)

@@ -60,7 +60,11 @@ class PipelinePlan:
         return f"{self.table()}\n\nWeights:\n{self.weights_table()}"
 
     def table(self) -> str:
-        """A line a stage. Bytes are weights on the device, inputs, what else is kept, and activations."""
+        """A line a stage. Bytes are weights on the device, inputs, what else is kept, and activations.
+
+        Where weights are read from disk, "read" is what one call reads of them.
+        """
+        moves = any(stage.plan is not None and stage.plan.fetched for stage in self.stages)
         rows = []
         for stage in self.stages:
             made = stage.plan
@@ -75,10 +79,13 @@ class PipelinePlan:
                     format_bytes(made.after.peak_bytes) if made else "?",
                     "?" if stage.total_bytes is None else format_bytes(stage.total_bytes),
                     {True: "yes", False: "no", None: ""}[stage.fits],
+                    *([format_bytes(made.moved_bytes) if made else ""] if moves else []),
                 ]
             )
-        headers = ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits"]
-        return tabulate(rows, headers=headers, colalign=("left", *("right",) * 7, "left"), disable_numparse=True)
+        headers = ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits", "read"]
+        align = ("left", *("right",) * 7, "left", "right")
+        columns = len(headers) if moves else len(headers) - 1
+        return tabulate(rows, headers=headers[:columns], colalign=align[:columns], disable_numparse=True)
 
     def weights_table(self) -> str:
         """The components whose weights are on the device, and during which stages."""

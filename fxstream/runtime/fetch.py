@@ -52,10 +52,11 @@ def _copy(home: torch.Tensor, tensor: torch.Tensor) -> None:
         with torch.no_grad():
             tensor.copy_(home)
     else:
-        _read(region, region.offset_of(home.data_ptr()), tensor.data_ptr(), size)
+        read(region, region.offset_of(home.data_ptr()), tensor.data_ptr(), size)
 
 
-def _read(region: Region, offset: int, address: int, size: int) -> None:
+def read(region: Region, offset: int, address: int, size: int) -> None:
+    """Read bytes of a region's file to an address. Raises ``OSError`` where the file has them no more."""
     done = 0
     while done < size:
         length = min(size - done, MOST_AT_ONCE)

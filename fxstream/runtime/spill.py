@@ -31,6 +31,8 @@ def spill(tensors: Sequence[torch.Tensor], folder: str | None = None) -> None:
     be made; nothing is moved then.
     """
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    # The small ones side by side: the system may map much of what lies around a page that is read.
+    storages = dict(sorted(storages.items(), key=lambda item: item[1].nbytes()))
     sizes = [_in_pages(storage.nbytes()) for storage in storages.values()]
     offsets = list(accumulate(sizes, initial=0))
     if not offsets[-1]:

@@ -21,6 +21,7 @@ from fxstream.passes.graph.capture import module_path
 from fxstream.passes.graph.effects import draws
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.runtime.fetch import fetch
+from fxstream.runtime.lookup import LOOKUP
 from fxstream.runtime.loop import SlicedLoop
 
 
@@ -225,18 +226,18 @@ def profile(graph_module: fx.GraphModule) -> MemoryProfile:
 
 
 def _bytes_of(graph: fx.Graph, op: str) -> int:
-    nodes = [node for node in graph.find_nodes(op=op) if not _stays_at_home(node)]
+    nodes = [node for node in graph.find_nodes(op=op) if not stays_at_home(node)]
     return sum({key: size for node in nodes for key, size in storages_of(node.meta["val"])}.values())
 
 
-def _stays_at_home(weight: fx.Node) -> bool:
-    """Whether a weight, or a view of one, is only fetched."""
+def stays_at_home(weight: fx.Node) -> bool:
+    """Whether a weight, or a view of one, is only fetched, or looked up."""
     memory = {key for key, _ in storages_of(weight.meta["val"])}
 
     def leaves_it(user: fx.Node) -> bool:
-        if user.target is fetch or _fetches(user, weight):
+        if user.target in (fetch, LOOKUP) or _fetches(user, weight):
             return True
-        return memory == {key for key, _ in storages_of(user.meta.get("val"))} and _stays_at_home(user)
+        return memory == {key for key, _ in storages_of(user.meta.get("val"))} and stays_at_home(user)
 
     return bool(weight.users) and all(map(leaves_it, weight.users))
 
@@ -250,7 +251,7 @@ def _fetches(call: fx.Node, weight: fx.Node) -> bool:
     assert isinstance(loop, SlicedLoop)
     given = [position for position, argument in enumerate(call.args) if argument is weight]
     bodies = [body.graph.find_nodes(op="placeholder") for body in loop.graphs().values()]
-    return all(_stays_at_home(placeholders[position]) for placeholders in bodies for position in given)
+    return all(stays_at_home(placeholders[position]) for placeholders in bodies for position in given)
 
 
 def _describe(storage: Storage, last: int) -> LiveTensor:

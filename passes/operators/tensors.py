@@ -11,6 +11,7 @@ import torch
 from fxstream.passes.operators.axes import Call, Cut, Slice, Span, rule
 from fxstream.passes.operators.common import aligned, cut, dims, haloed, independent, lead, source, trailing
 from fxstream.passes.operators.views import removed
+from fxstream.runtime import lookup as _registered  # noqa: F401  (registers the operator)
 
 aten = torch.ops.aten
 
@@ -171,6 +172,12 @@ def index(call: Call, out: Slice) -> Cut | None:
 def embedding(call: Call, out: Slice) -> Cut:
     feature = out.dim == len(call.shape) - 1
     return cut(call, {"weight": out.at(1)} if feature else {"indices": out})
+
+
+@rule(torch.ops.fxstream.lookup.default)
+def rows_at_home(call: Call, out: Slice) -> Cut | None:
+    """A table at home is read by whole rows."""
+    return None if out.dim == len(call.shape) - 1 else cut(call, {"indices": out})
 
 
 @rule(aten.gather.default)

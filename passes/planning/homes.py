@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxstream.passes.graph.effects import memories, written_by
-from fxstream.passes.graph.liveness import analyze, bytes_of
+from fxstream.passes.graph.liveness import analyze, bytes_of, stays_at_home
 from fxstream.runtime.loop import SlicedLoop
 
 Path = tuple[str, ...]
@@ -69,21 +69,31 @@ class Stay:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """A table at home by its name, and the bytes of the rows that a node reads of it there."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Homes:
     """Where the weights of a graph live: those of ``stays`` in their files, from which they are fetched in that order.
 
-    The others stay, which are ``resident_bytes``. ``peak_bytes`` is the most that the graph holds with its weights,
-    over its inputs.
+    So do the tables of ``lookups``, of which rows are read. The others stay, which are ``resident_bytes``.
+    ``peak_bytes`` is the most that the graph holds with its weights, over its inputs.
     """
 
     stays: tuple[Stay, ...]
     resident_bytes: int
     peak_bytes: int
+    lookups: tuple[Lookup, ...] = ()
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that a call fetches."""
-        return sum(stay.weight.bytes * stay.times for stay in self.stays)
+        """Bytes that a call reads from files."""
+        fetched = sum(stay.weight.bytes * stay.times for stay in self.stays)
+        return fetched + sum(lookup.bytes for lookup in self.lookups)
 
 
 def place_weights(graph_module: fx.GraphModule, limit: int | None, kept: Collection[str] = ()) -> Homes:
@@ -109,6 +119,7 @@ def _movable(graph_module: fx.GraphModule, names: Collection[str]) -> tuple[dict
     """Storages of weights that may be fetched, with name and bytes; and the bytes of those that may not.
 
     Those may not that are of these ``names``, written to or returned, and those that share memory, or are a part of it.
+    Tables that are looked up at home are neither.
     """
     graph = graph_module.graph
     kept = {key for node in graph.nodes for each in written_by(node) for key in memories(each.meta["val"])}
@@ -119,6 +130,8 @@ def _movable(graph_module: fx.GraphModule, names: Collection[str]) -> tuple[dict
             nodes[key].append(node)
     sizes, pinned = {}, 0
     for key, (node, *others) in nodes.items():
+        if stays_at_home(node):
+            continue
         may = not others and key not in kept and str(node.target) not in names
         if may and _is_dense(node.meta["val"]):
             sizes[key] = str(node.target), bytes_of(node.meta["val"])
