@@ -43,7 +43,7 @@ def plan(
         keywords = {"budget": budget, "allow_recompute": allow_recompute}
         return plan_pipeline(model, keywords, _named(args, kwargs, call), disk)
     _refuse(call, "plan", model)
-    return compile_call(model, args, kwargs or {}, budget, allow_recompute, weights_move=disk is not None).plan
+    return compile_call(model, args, kwargs or {}, budget, allow_recompute, disk=disk).plan
 
 
 def optimize(

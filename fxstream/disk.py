@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxstream.passes.graph.call import ROOT
 from fxstream.runtime.files import OpenFile, locate, region_of
 from fxstream.runtime.release import release
-from fxstream.runtime.spill import spill
+from fxstream.runtime.spill import files_reused, spill
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Store:
     """
 
     def __init__(self, disk: Disk, models: Callable[[], Iterable[nn.Module]], whole: bool = False) -> None:
-        self._folder, self._models, self._whole = disk.folder, models, whole
+        self.disk, self._models, self._whole = disk, models, whole
         self._lock = threading.Lock()
         self._last: Calls | None = None
         self.refuse_elsewhere()
@@ -81,7 +81,7 @@ class Store:
         locate(found)
         held = _held_elsewhere(found, tensors)
         storages = {_storage(weight) for weight in found if region_of(weight) is None} - held
-        spill([tensor for tensor in tensors if _storage(tensor) in storages], self._folder)
+        spill([tensor for tensor in tensors if _storage(tensor) in storages], self.disk.folder)
 
     def take_all(self) -> None:
         """Send home all weights that can be, and give back the memory of those that are. Raises as ``take`` does."""
@@ -105,7 +105,8 @@ class Store:
 
         def running_run(*tensors: torch.Tensor) -> Any:
             self.begin(calls)
-            return run(*tensors)
+            with files_reused():
+                return run(*tensors)
 
         return running_run
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.caches import refuse_caches
-from fxstream.disk import kept_weights
+from fxstream.disk import Disk, kept_weights
 from fxstream.errors import MemoryBudgetError
 from fxstream.passes.graph.call import ROOT, Captured
 from fxstream.passes.graph.capture import capture, written
@@ -51,15 +51,16 @@ def compile_call(
     resident: Resident | None = None,
     backend: str | None = None,
     live: Collection[Place] = (),
-    weights_move: bool = False,
+    disk: Disk | None = None,
 ) -> Compiled:
     """Capture, plan and rewrite one call; compile it by ``backend`` if there is one.
 
-    Tensors at ``live`` places in the model are inputs of the graph. With ``weights_move`` its weights may live on disk.
+    Tensors at ``live`` places in the model are inputs of the graph. With ``disk`` its weights may live there, and
+    activations that nothing else makes fit.
     """
     refuse_caches(model)
     began = time.perf_counter()
-    planned = plan_captured(capture(model, args, kwargs, live), budget, began, allow_recompute, resident, weights_move)
+    planned = plan_captured(capture(model, args, kwargs, live), budget, began, allow_recompute, resident, disk)
     return replace(planned, run=compiled_by(backend, planned.graph_module))
 
 
@@ -70,14 +71,14 @@ def plan_captured(
     began: float,
     allow_recompute: bool = False,
     resident: Resident | None = None,
-    weights_move: bool = False,
+    disk: Disk | None = None,
 ) -> Compiled:
     """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
     with internal_errors("normalizing", captured.graph_module):
         graph_module = normalize(captured.graph_module)
     seconds = time.perf_counter() - began
-    if weights_move:
-        fitted, made = fit_with_weights(graph_module, budget, seconds, allow_recompute, resident)
+    if disk is not None:
+        fitted, made = fit_with_weights(graph_module, budget, disk, seconds, allow_recompute, resident)
     else:
         fitted, made = fit_graph(graph_module, budget, seconds, allow_recompute, resident)
     return Compiled(captured, fitted, made, fitted.forward, resident)
@@ -119,6 +120,7 @@ def fit_graph(
 def fit_with_weights(
     graph_module: fx.GraphModule,
     budget: Budget,
+    disk: Disk,
     seconds: float,
     allow_recompute: bool = False,
     resident: Resident | None = None,
@@ -134,7 +136,7 @@ def fit_with_weights(
         held = int(before.input_bytes) + (0 if resident is None else resident.bytes)
         limit = budget.activation_bytes(before.peak_bytes + before.weight_bytes, held)
         kept = kept_weights(graph_module)
-        block, homes = offload(graph_module, limit, allow_recompute, kept)
+        block, homes = offload(graph_module, limit, allow_recompute, kept, disk.folder or "")
         times = {"capture": seconds, "planning": time.perf_counter() - planning}
         made = make_plan(before, block, limit, times, homes)
     if limit is not None and homes.peak_bytes > limit:

@@ -15,7 +15,7 @@ from fxstream.passes.graph.liveness import MemoryProfile
 from fxstream.passes.machine.kept import machine_name
 from fxstream.passes.planning.barriers import Barrier, barriers, unmeasured
 from fxstream.passes.planning.homes import Homes
-from fxstream.passes.planning.tree import Block, Loop
+from fxstream.passes.planning.tree import Block, Loop, Spill
 
 T = TypeVar("T")
 
@@ -75,7 +75,8 @@ class Plan:
     time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
     ``added_flops`` are the floating point operations of values that are computed again. ``machine`` is the one whose
     kernels' workspaces are counted; ``unmeasured`` are the operators whose workspace is not known there, and counts as
-    none. ``fetched`` are the weights that live on disk, of which ``after`` counts as weights none.
+    none. ``fetched`` are the weights that live on disk, of which ``after`` counts as weights none, and ``spilled`` the
+    activations that do, of which it counts what loops' slices have in memory.
     """
 
     before: MemoryProfile
@@ -88,6 +89,7 @@ class Plan:
     machine: str = ""
     unmeasured: tuple[Barrier, ...] = ()
     fetched: tuple[FetchedWeight, ...] = ()
+    spilled: tuple[Spill, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -96,8 +98,9 @@ class Plan:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes of weights that a call fetches."""
-        return sum(weight.bytes * weight.times for weight in self.fetched)
+        """Bytes that a call reads of weights on disk, and writes and reads of activations."""
+        weights = sum(weight.bytes * weight.times for weight in self.fetched)
+        return weights + sum(value.moved for value in self.spilled)
 
     @property
     def weight_bytes(self) -> int:
@@ -137,7 +140,12 @@ class Plan:
             text += f"\n\nValues computed again: {self.added_flops / 1e9:,.1f} GFLOP"
         if self.fetched:
             names = len({weight.name for weight in self.fetched})
-            text += f"\n\nWeights on disk: {names}, of which a call reads {format_bytes(self.moved_bytes)}"
+            read = sum(weight.bytes * weight.times for weight in self.fetched)
+            text += f"\n\nWeights on disk: {names}, of which a call reads {format_bytes(read)}"
+        if self.spilled:
+            size, moved = sum(each.bytes for each in self.spilled), sum(each.moved for each in self.spilled)
+            text += f"\n\nActivations on disk: {len(self.spilled)} of {format_bytes(size)} in all, "
+            text += f"of which a call writes and reads {format_bytes(moved)}"
         return text
 
     @staticmethod
@@ -210,7 +218,8 @@ def make_plan(
         stays = ((stay.weight, stay.times, "/".join(stay.path)) for stay in homes.stays)
         fetched = tuple(FetchedWeight(weight.name, weight.bytes, times, inside) for weight, times, inside in stays)
         fetched += tuple(FetchedWeight(lookup.name, lookup.bytes, 1, "") for lookup in homes.lookups)
-    return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown, fetched)
+    moved = fetched, block.spills
+    return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown, *moved)
 
 
 def _unfolded(block: Block) -> MemoryProfile:

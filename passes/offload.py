@@ -3,7 +3,8 @@
 Half of the limit is given to activations, or a half of that where the weights that a node needs don't fit beside them,
 and so on: small slices cost time, while weights are fetched beside the kernels. Loops are sought side by side first,
 which fetch a weight once. A loop around nearly all of the graph fetches in its body, once a slice, and is taken where
-the budget asks for it. Tables are looked up where they are, whatever the limit.
+the budget asks for it. Tables are looked up where they are, whatever the limit. Where slices and fetches can't meet it,
+activations are spilled, too.
 """
 
 from __future__ import annotations
@@ -18,42 +19,63 @@ from fxstream.passes.planning.homes import Homes, place_weights
 from fxstream.passes.planning.tree import Block, Loop
 from fxstream.passes.rewriting.fetches import insert_fetches
 from fxstream.passes.rewriting.lookups import look_up
-from fxstream.passes.stream import SLACK, Search, stream
+from fxstream.passes.stream import LARGE_SHARE, SLACK, Search, Spilling, stream
 from fxstream.runtime.loop import SlicedLoop
 
 
 def offload(
-    graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool = False, kept: Collection[str] = ()
+    graph_module: fx.GraphModule,
+    limit: int | None,
+    allow_recompute: bool = False,
+    kept: Collection[str] = (),
+    folder: str = "",
 ) -> tuple[Block, Homes]:
     """Rewrite a normalized graph until it holds at most ``limit`` bytes with its weights, over its inputs.
 
     ``None`` asks for the lowest reachable. Where the limit can't be met, the result is the lowest reached. Weights of
-    the names ``kept`` stay where they are.
+    the names ``kept`` stay where they are. Activations that live in files are in one of ``folder``, "" where temporary
+    ones are.
     """
     graph_module, lookups = look_up(graph_module, kept)
-    block, homes = _within(graph_module, limit, allow_recompute, kept)
+    block, homes = _within(graph_module, limit, allow_recompute, kept, folder)
     return block, replace(homes, lookups=lookups)
 
 
 def _within(
-    graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool, kept: Collection[str]
+    graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool, kept: Collection[str], folder: str
 ) -> tuple[Block, Homes]:
     weights = profile(graph_module).weight_bytes
-    found: list[tuple[int, int, Block, tuple[Block, Homes]]] = []
-    for streamed in _streamed(graph_module, limit, weights, allow_recompute):
-        placed = _placed(streamed, limit, kept)
+    blocks: list[Block] = []
+    for block in _streamed(graph_module, limit, weights, allow_recompute):
+        placed = _placed(block, limit, kept)
         if limit is not None and placed[1].peak_bytes <= limit:
             return placed
-        found.append((placed[1].peak_bytes, len(found), streamed, placed))
-    least, _, streamed, placed = min(found)
+        blocks.append(block)
+    for search in _spilling(graph_module, limit, folder):
+        for share in [None] if limit is None else [limit // 2, None]:
+            block = search.streamed(share, 0.0)
+            placed = _placed(block, limit, kept)
+            if limit is not None and placed[1].peak_bytes <= limit:
+                return placed
+            blocks.append(block)
+    found = [(_placed(block, limit, kept), number) for number, block in enumerate(blocks)]
+    (placed, number) = min(found, key=lambda each: each[0][1].peak_bytes)
     # The lowest is met within one per cent, for the least that is moved.
-    return placed if limit is not None else _placed(streamed, int(SLACK * least), kept)
+    return placed if limit is not None else _placed(blocks[number], int(SLACK * placed[1].peak_bytes), kept)
 
 
-def _placed(streamed: Block, limit: int | None, kept: Collection[str]) -> tuple[Block, Homes]:
+def _spilling(graph_module: fx.GraphModule, limit: int | None, folder: str) -> Iterator[Search]:
+    """Ways to stream a graph that spill, the largest values alone first."""
+    shares = [LARGE_SHARE * profile(graph_module).peak_bytes] if limit is None else [limit / 4, limit / 16]
+    for least in shares:
+        yield Search(graph_module, 0, Spilling(least, folder))
+
+
+def _placed(block: Block, limit: int | None, kept: Collection[str]) -> tuple[Block, Homes]:
     """A streamed block with its weights placed; what it holds is told by the graph that comes of it."""
-    homes = place_weights(streamed.graph_module, limit, kept)
-    block = _fetching(streamed, insert_fetches(streamed.graph_module, homes.stays)) if homes.stays else streamed
+    homes = place_weights(block.graph_module, limit, kept)
+    if homes.stays:
+        block = _rewritten(block, insert_fetches(block.graph_module, homes.stays))
     return block, replace(homes, peak_bytes=block.after.peak_bytes + block.after.weight_bytes)
 
 
@@ -73,16 +95,17 @@ def _streamed(graph_module: fx.GraphModule, limit: int | None, weights: int, all
     yield stream(graph_module, None, allow_recompute)
 
 
-def _fetching(block: Block, graph_module: fx.GraphModule) -> Block:
-    """The block as it runs with fetches in its graph, and in the bodies of its loops."""
-    loops = tuple(_loop_fetching(loop, graph_module) for loop in block.loops)
+def _rewritten(block: Block, graph_module: fx.GraphModule) -> Block:
+    """The block as it runs where its graph has become another, and the bodies of its loops with it."""
+    loops = tuple(_loop_rewritten(loop, graph_module) for loop in block.loops)
     return replace(block, graph_module=graph_module, after=profile(graph_module), loops=loops)
 
 
-def _loop_fetching(loop: Loop, graph_module: fx.GraphModule) -> Loop:
+def _loop_rewritten(loop: Loop, graph_module: fx.GraphModule) -> Loop:
     module = graph_module.get_submodule(loop.name)
     assert isinstance(module, SlicedLoop)
-    if module is loop.module:
-        return loop
-    (body,) = module.graphs().values()
-    return replace(loop, module=module, body=loop.body and _fetching(loop.body, body))
+    if module is loop.module or loop.body is None:
+        return replace(loop, module=module)
+    bodies = loop.module.graphs().items()
+    name = next(name for name, body in bodies if body is loop.body.graph_module)
+    return replace(loop, module=module, body=_rewritten(loop.body, module.graphs()[name]))

@@ -10,16 +10,17 @@ memory is still too high are computed again for their late uses, and the graph s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from math import inf
 
 from torch import fx
 
 from fxstream.passes.graph.capture import rebuilt
 from fxstream.passes.graph.collector import collector_paused
 from fxstream.passes.graph.flops import flops
-from fxstream.passes.graph.liveness import bodies_bytes, profile, tensors_of
+from fxstream.passes.graph.liveness import bodies_bytes, loop_at, profile, tensors_of
 from fxstream.passes.machine.cost import CostModel, cost_model
 from fxstream.passes.planning.candidates import Candidate, find_candidates, whole
 from fxstream.passes.planning.grouping import Group, Grouping, lengths_of
@@ -29,11 +30,13 @@ from fxstream.passes.planning.tree import Block, Loop
 from fxstream.passes.rewriting.recompute import recompute
 from fxstream.passes.rewriting.schedule import schedule
 from fxstream.passes.rewriting.slicing import Slicer, loop_name
+from fxstream.passes.rewriting.spills import spill_values
 from fxstream.passes.rewriting.split_norms import split_norms
 from fxstream.passes.rewriting.split_reductions import split_reductions
 
 HOT_SHARE = 0.1
-"""Runs are looked for where at least this share of the peak is live, or will be at the next node."""
+"""Runs are looked for where at least this share of the peak is live, or will be at the next node; or a value that may
+be in files is in memory."""
 
 LARGE_SHARE = 0.01
 """An outer loop begins at one of the first nodes that move at least this share of the peak."""
@@ -86,11 +89,22 @@ def stream(
     return min(found, search.streamed(budget, spare), key=lambda block: block.after.peak_bytes)
 
 
-class Search:
-    """Ways to stream one graph: what is found out of it, and of the bodies of its loops, serves all that are tried."""
+@dataclass(frozen=True)
+class Spilling:
+    """Activations of ``least`` bytes and more may live in files, which are in ``folder``."""
 
-    def __init__(self, graph_module: fx.GraphModule, most_outer: int) -> None:
-        self.given, self.most_outer = graph_module, most_outer
+    least: float
+    folder: str
+
+
+class Search:
+    """Ways to stream one graph: what is found out of it, and of the bodies of its loops, serves all that are tried.
+
+    With ``spilling`` activations may live in files.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, most_outer: int, spilling: Spilling | None = None) -> None:
+        self.given, self.most_outer, self.spilling = graph_module, most_outer, spilling
         self.before = profile(graph_module)
         self._bodies: dict[fx.GraphModule, Search] = {}
 
@@ -103,7 +117,8 @@ class Search:
     def program(self) -> Program:
         """The graph in the order of the lowest peak, its norms and reductions split."""
         least = LARGE_SHARE * self.before.peak_bytes
-        return Program(split_reductions(split_norms(schedule(self.given), least), least))
+        split = split_reductions(split_norms(schedule(self.given), least), least)
+        return Program(split, self.spilling.least if self.spilling else inf)
 
     @cached_property
     def slicer(self) -> Slicer:
@@ -134,7 +149,7 @@ class Search:
 
     def _candidates(self, where: Iterable[int]) -> list[Candidate]:
         """The candidates of the runs at those positions where memory is high."""
-        hot, live = HOT_SHARE * self.program.peak_bytes, self.program.live_bytes
+        hot, live = min(HOT_SHARE * self.program.peak_bytes, self.program.home_bytes), self.program.live_bytes
         runs = find_runs(self.program, [index for index in where if max(live[index : index + 2]) >= hot])
         return list(find_candidates(self.program, runs))
 
@@ -224,7 +239,7 @@ class Search:
             target = lowest * SLACK if budget is None else max(lowest, budget)
             groups = grouping.choose(target) or []
             self._learn(grouping, groups, known)
-            found = self._block(groups, known)
+            found = self._block(groups, known, target)
             if best is None or found.after.peak_bytes < best.after.peak_bytes:
                 best = found
             if found.after.peak_bytes <= target:
@@ -240,16 +255,23 @@ class Search:
         for group in groups:
             module = known[group].module if group in known else self.slicer.loop(group).module
             for length, held in bodies_bytes(module).items():
-                grouping.learn(group, length, held)
+                grouping.learn(group, length, held + int(group.candidate.mapped * length))
 
-    def _block(self, groups: Iterable[Group], known: Mapping[Group, Loop]) -> Block:
-        """The program with a loop for each group; those in ``known`` as they are there."""
+    def _block(self, groups: Iterable[Group], known: Mapping[Group, Loop], target: float) -> Block:
+        """The program with a loop for each group; those in ``known`` as they are there.
+
+        What may live in files does where more than ``target`` bytes would be held.
+        """
         loops = []
         for number, group in enumerate(groups):
             loop = known.get(group) or Loop("", group, self.slicer.loop(group).module)
             loops.append(replace(loop, name=loop_name(number)))
         rewritten = self.slicer.rewrite([loop.group for loop in loops], {loop.group: loop.module for loop in loops})
-        return Block(rewritten, self.program, profile(rewritten), tuple(loops))
+        if self.spilling is None:
+            return Block(rewritten, self.program, profile(rewritten), tuple(loops))
+        rewritten, spills = spill_values(rewritten, target, self.spilling.folder)
+        loops = [replace(loop, module=loop_at(rewritten, loop.name)) for loop in loops]
+        return Block(rewritten, self.program, profile(rewritten), tuple(loops), spills=spills)
 
     def _deepened(self, block: Block, budget: int | None, spare: float, floor: float) -> Block:
         """Stream the bodies of loops, too, where their inside is what is above the budget, or makes the peak.

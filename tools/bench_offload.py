@@ -16,7 +16,6 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from tabulate import tabulate
 import fxstream
 from fxstream.tools import catalogue
 from fxstream.tools.bench import processor, relative_l2
+from fxstream.tools.measure import WatchedMemory
 
 GIB = 2**30
 WAYS = ("streamed", "eager")
@@ -103,29 +103,8 @@ def _write(entry: catalogue.Entry, folder: Path) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
-class _Memory(threading.Thread):
-    """Watches this process's memory, and ends it where what is anonymous passes a limit."""
-
-    def __init__(self, limit: float) -> None:
-        super().__init__(daemon=True)
-        self.limit, self.anonymous, self.resident = limit, 0.0, 0.0
-
-    def run(self) -> None:
-        while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            sizes = {
-                line.split()[0]: int(line.split()[1]) / 2**20 for line in lines if line.startswith(("Rss", "VmRSS"))
-            }
-            self.anonymous = max(self.anonymous, sizes["RssAnon:"])
-            self.resident = max(self.resident, sizes["VmRSS:"])
-            if self.anonymous > self.limit:
-                print(f"ended at {self.anonymous:.2f} GiB of anonymous memory", flush=True)
-                os._exit(1)
-            time.sleep(0.02)
-
-
 def _run(options: argparse.Namespace) -> None:
-    memory = _Memory(options.limit)
+    memory = WatchedMemory(options.limit)
     memory.start()
     torch.set_grad_enabled(False)
     entry = QUICK if options.quick else WAN_14B

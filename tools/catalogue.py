@@ -474,7 +474,7 @@ def build(
     """Returns the model (or its method) at its published configuration, in eval mode, with its args and kwargs.
 
     `name` may be an entry itself. `height` and `width` are in pixels; what is not given is as the entry says. With
-    `fake`, weights and inputs are fake tensors of one FakeTensorMode and nothing is allocated; without, they are random.
+    `fake`, weights and inputs are fake tensors of one FakeTensorMode and nothing is allocated, else they are random.
     """
     entry = name if isinstance(name, Entry) else _entry(name)
     shape = entry.shape.resized(frames=frames, height=height, width=width, batch=batch)

@@ -26,8 +26,8 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
 
     `before` and `after` have the schedule as `nodes`, and as `tensors` each storage with the positions in the schedule
     between which it lives, both included. What is live at a node and is no tensor's is inside it: a kernel's workspace,
-    or a loop. `fetched` are the weights that live on disk, `moved_bytes` what a call reads of them;
-    `resident_weight_bytes` are those of the others.
+    or a loop. `fetched` are the weights that live on disk, `spilled` the activations, `moved_bytes` what a call reads
+    and writes of both; `resident_weight_bytes` are those of the other weights.
     """
     from fxstream.tools.listing import loop_listings
 
@@ -58,6 +58,7 @@ def document(plan: Plan, graph_module: fx.GraphModule, about: dict[str, Any]) ->
         "resident_weight_bytes": plan.after.weight_bytes,
         "moved_bytes": plan.moved_bytes,
         "fetched": [asdict(weight) for weight in plan.fetched],
+        "spilled": [asdict(value) for value in plan.spilled],
         "seconds": plan.seconds,
     }
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstream import CaptureError, MemoryBudgetError
 from fxstream.budget import Budget, format_bytes
+from fxstream.disk import Disk
 from fxstream.passes.graph.call import Inputs
 from fxstream.planned import Compiled, compile_call
 from fxstream.tools import document, dot, html, listing, picture, text, trace
@@ -92,9 +93,7 @@ def inspect(name: str, args: argparse.Namespace) -> Inspected:
 def planned(target: Target, budget: str | int | float, offload: str | None = None) -> Compiled:
     """The plan of a target. Raises ``UsageError`` where there is none."""
     try:
-        return compile_call(
-            target.call, target.args, target.kwargs, Budget.parse(budget), weights_move=offload is not None
-        )
+        return compile_call(target.call, target.args, target.kwargs, Budget.parse(budget), disk=Disk.parse(offload))
     except MemoryBudgetError as error:
         what = "weights, inputs and activations"
         if isinstance(budget, float):

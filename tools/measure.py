@@ -6,9 +6,12 @@ caching allocator's high-water mark, `torch.cuda.max_memory_allocated`.
 
 import gc
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,3 +99,24 @@ def _cuda_device(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     parameters = list(fn.parameters()) if isinstance(fn, torch.nn.Module) else []
     tensors = [leaf for leaf in [*parameters, *tree_leaves((args, kwargs))] if isinstance(leaf, torch.Tensor)]
     return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+
+
+class WatchedMemory(threading.Thread):
+    """Watches this process's memory, and ends it where what is anonymous passes a limit. All are GiB."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(daemon=True)
+        self.limit, self.anonymous, self.resident = limit, 0.0, 0.0
+
+    def run(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            sizes = {
+                line.split()[0]: int(line.split()[1]) / 2**20 for line in lines if line.startswith(("Rss", "VmRSS"))
+            }
+            self.anonymous = max(self.anonymous, sizes["RssAnon:"])
+            self.resident = max(self.resident, sizes["VmRSS:"])
+            if self.anonymous > self.limit:
+                print(f"ended at {self.anonymous:.2f} GiB of anonymous memory", flush=True)
+                os._exit(1)
+            time.sleep(0.02)

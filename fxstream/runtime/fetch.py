@@ -13,10 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from fxstream.runtime.files import Region, region_of
-
-MOST_AT_ONCE = 1 << 30
-"""Bytes that one system call is asked for: Linux reads at most 2 GiB."""
+from fxstream.runtime.files import MOST_AT_ONCE, Region, region_of
 
 
 class Fetch:

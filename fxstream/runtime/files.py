@@ -18,6 +18,9 @@ from weakref import WeakValueDictionary, finalize
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+MOST_AT_ONCE = 1 << 30
+"""Bytes that one system call is asked for: Linux reads and writes at most 2 GiB."""
+
 
 class OpenFile:
     """A file, open for as long as this is held."""

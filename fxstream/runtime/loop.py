@@ -1,16 +1,22 @@
 """The runtime of a sliced loop: a body graph run once a slice, each result stored into a preallocated output.
 
-This file imports torch alone: a rewritten graph needs nothing else of fxstream to run.
+What is too large for memory lives in files, from which a slice's windows are read and to which its results are written.
+This folder imports torch alone: a rewritten graph needs nothing else of fxstream to run.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import mmap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
+
+from fxstream.runtime.release import give_back
+from fxstream.runtime.spill import empty_at_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,8 @@ class Slice:
 class Output:
     """One output of a loop: how its slices lie in it, its layout, and the dying input it is written over, if any.
 
-    An input whose strides are not ``over_stride`` after all is left alone.
+    An input whose strides are not ``over_stride`` after all is left alone. With a ``home`` the output is in a file in
+    that folder, "" where temporary ones are.
     """
 
     slice: Slice
@@ -75,12 +82,26 @@ class Output:
     device: torch.device
     over: int | None = None
     over_stride: tuple[int, ...] | None = None
+    home: str | None = None
 
     def allocate(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         target = None if self.over is None else inputs[self.over]
         if target is None or not _lies_as(target, self.over_stride):
+            if self.home is not None:
+                return empty_at_home(self.shape, self.stride, self.dtype, self.home)
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return target.as_strided(self.shape, self.stride, target.storage_offset())
+
+
+def _in_pages(tensor: torch.Tensor, axis: Slice | None, window: tuple[int, int] | None) -> int:
+    """Bytes of the pages that hold a window of a tensor: one stretch of memory after another."""
+    whole = tensor.untyped_storage().nbytes()
+    if axis is None or window is None:
+        return whole
+    length = window[1] * axis.inner * tensor.stride(axis.dim) * tensor.element_size()
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    stretches = math.prod(size for size, step in sizes if step > tensor.stride(axis.dim)) * axis.outer
+    return min(int(whole), stretches * (-(-length // mmap.PAGESIZE) + 1) * mmap.PAGESIZE)
 
 
 def _lies_as(tensor: torch.Tensor, stride: Sequence[int] | None) -> bool:
@@ -108,7 +129,8 @@ class SlicedLoop(nn.Module):
     """Runs, for each of ``steps`` in turn, its body on windows of the inputs, and stores what that returns.
 
     ``inputs`` aligns with the arguments: how the axis lies in each, or ``None`` where bodies get the whole tensor.
-    A body returns one tensor for each of ``outputs``. Slices that differ in no shape have a body in common.
+    A body returns one tensor for each of ``outputs``. Slices that differ in no shape have a body in common. The inputs
+    at the positions ``at_home`` are in files.
     """
 
     def __init__(
@@ -119,6 +141,7 @@ class SlicedLoop(nn.Module):
         bodies: Mapping[str, nn.Module],
     ) -> None:
         super().__init__()
+        self.at_home: frozenset[int] = frozenset()
         self.steps = tuple(steps)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
@@ -135,6 +158,8 @@ class SlicedLoop(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outs = tuple(output.allocate(tensors) for output in self.outputs)
+        mapped = [tensors[position] for position in self.at_home]
+        mapped += [out for output, out in zip(self.outputs, outs, strict=True) if output.home is not None]
         for step in self.steps:
             windows = [
                 x if s is None or read is None else s.window(x, *read)
@@ -144,7 +169,41 @@ class SlicedLoop(nn.Module):
             for output, out, start, part in zip(self.outputs, outs, step.writes, parts, strict=True):
                 output.slice.store(out, start, part)
             del parts, part
+            for tensor in mapped:
+                give_back(tensor)
         return outs
+
+    def with_homes(self, inputs: Collection[int], outputs: Collection[int], folder: str) -> SlicedLoop:
+        """The same loop with the inputs and outputs at these positions in files, those of outputs in ``folder``."""
+        other = copy.copy(self)
+        other.at_home = frozenset(inputs)
+        other.outputs = tuple(
+            replace(output, home=folder if position in outputs else None)
+            for position, output in enumerate(self.outputs)
+        )
+        return other
+
+    @property
+    def moves(self) -> bool:
+        """Whether some of its inputs or outputs are in files."""
+        return bool(self.at_home) or any(output.home is not None for output in self.outputs)
+
+    def bytes_mapped(self, step: Step, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> int:
+        """Bytes of files that one slice has in memory: those of its windows, of these inputs and outputs, in pages."""
+        read = sum(_in_pages(tensors[at], self.inputs[at], step.reads[at]) for at in self.at_home)
+        homes = ((at, output) for at, output in enumerate(self.outputs) if output.home is not None)
+        written = (_in_pages(outs[at], out.slice, (step.writes[at], step.length)) for at, out in homes)
+        return read + sum(written)
+
+    def bytes_moved(self, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> int:
+        """Bytes that all slices read from files and write to files."""
+        moved = sum(outs[at].nbytes for at, output in enumerate(self.outputs) if output.home is not None)
+        for step in self.steps:
+            for at in self.at_home:
+                axis, read = self.inputs[at], step.reads[at]
+                share = 1.0 if axis is None or read is None else read[1] / axis.extent
+                moved += int(tensors[at].nbytes * share)
+        return moved
 
     def with_bodies(self, bodies: Mapping[str, nn.Module]) -> SlicedLoop:
         """The same loop over other bodies, by the names that ``bodies`` has them under."""

@@ -6,8 +6,8 @@ This file imports torch alone.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterable
-from mmap import MADV_DONTNEED, PAGESIZE
 
 import torch
 
@@ -23,7 +23,17 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
         size = tensor.numel() * tensor.element_size()
         if region is None or region.is_changed(address, size):
             continue
-        first, end = -(-address // PAGESIZE), (address + size) // PAGESIZE  # other tensors share the pages at the ends
-        if first < end:
-            pages = ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t((end - first) * PAGESIZE)
-            ctypes.CDLL(None).madvise(*pages, MADV_DONTNEED)  # refused where they are locked, and they stay then
+        # Other tensors share the pages at the ends.
+        first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        _give_back(first, end - first)
+
+
+def give_back(tensor: torch.Tensor) -> None:
+    """Let the storage of a tensor that was spilled hold no memory; it is read again when it is used."""
+    storage = tensor.untyped_storage()
+    _give_back(storage.data_ptr(), storage.nbytes())
+
+
+def _give_back(address: int, size: int) -> None:
+    if size > 0:  # refused where they are locked, and they stay then
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Spilling: tensors moved from memory into a file that they are mapped from, so that they hold memory no more.
+"""Spilling: tensors in a file that they are mapped from, moved there or made there, so that they hold no memory.
 
 The file has no name: it is gone with the last tensor in it, or with the process. What is written to a spilled tensor
 is written to the file. This file imports torch alone.
@@ -10,12 +10,15 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
+from weakref import finalize
 
 import torch
 
-from fxstream.runtime.files import OpenFile
+from fxstream.runtime.files import MOST_AT_ONCE, OpenFile
 
 
 class _Memory(mmap.mmap):
@@ -53,6 +56,71 @@ def spill(tensors: Sequence[torch.Tensor], folder: str | None = None) -> None:
             tensor.data = empty.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def empty_at_home(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, folder: str | None = None
+) -> torch.Tensor:
+    """A tensor in a file in ``folder``, else in the system's for temporary files; as ``torch.empty_strided``.
+
+    Raises ``OSError`` where the file can't be made.
+    """
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return _in(_free_memory(folder, (last + 1) * dtype.itemsize), shape, stride, dtype)
+
+
+def send_home(tensor: torch.Tensor, folder: str) -> torch.Tensor:
+    """A copy of a tensor, which is all of its storage, in a file. Raises ``OSError`` as ``empty_at_home`` does."""
+    size = tensor.untyped_storage().nbytes()
+    memory, address, done = _free_memory(folder, size), tensor.untyped_storage().data_ptr(), 0
+    while done < size:  # not by way of the mapping, whose pages would be in memory, too
+        part = (ctypes.c_char * min(size - done, MOST_AT_ONCE)).from_address(address + done)
+        done += os.pwrite(memory.file.descriptor, part, done)
+    return _in(memory, tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@contextmanager
+def files_reused() -> Iterator[None]:
+    """Within it, files of tensors that are gone serve others of this thread: a new one's pages are dear.
+
+    Those that are left at its end are closed.
+    """
+    before = _free()
+    _FREE.memories = []
+    try:
+        yield
+    finally:
+        _FREE.memories = before
+
+
+_FREE = threading.local()
+
+MOST_TOO_LARGE = 2
+"""A file serves for a tensor again that is no more than so many times as large."""
+
+
+def _free() -> list[_Memory] | None:
+    """The memory that may serve again in this thread, if any may."""
+    return getattr(_FREE, "memories", None)
+
+
+def _free_memory(folder: str | None, size: int) -> _Memory:
+    free = _free() or []
+    fitting = [memory for memory in free if size <= len(memory) <= MOST_TOO_LARGE * size]
+    if not fitting:
+        return _memory(folder or tempfile.gettempdir(), size)
+    best = min(fitting, key=len)
+    free.remove(best)
+    return best
+
+
+def _in(memory: _Memory, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in mapped memory, which is free again when the tensor's storage is gone."""
+    buffer, free = (ctypes.c_char * len(memory)).from_buffer(memory), _free()
+    if free is not None:
+        finalize(buffer, free.append, memory).atexit = False
+    data = torch.frombuffer(buffer, dtype=torch.uint8)
+    return torch.empty(0, dtype=dtype).set_(data.untyped_storage(), 0, shape, stride)
+
+
 def _in_pages(size: int) -> int:
     """Bytes of the pages that so many bytes take."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -67,7 +135,7 @@ def _memory(folder: str, size: int) -> _Memory:
         os.posix_fallocate(descriptor, 0, size)
         memory = _Memory(descriptor, size, mmap.MAP_SHARED)
     except OSError as error:
-        raise OSError(error.errno, f"{size} bytes of weights can't be spilled to {folder}: {error.strerror}") from error
+        raise OSError(error.errno, f"{size} bytes can't be spilled to {folder}: {error.strerror}") from error
     memory.file = file
     return memory
 

@@ -7,6 +7,7 @@ apart: they are the caller's. During a node its inputs, its outputs and its tran
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +19,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxstream.passes.graph.capture import module_path
-from fxstream.passes.graph.effects import draws
+from fxstream.passes.graph.effects import draws, memories, writes
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.runtime.fetch import fetch
 from fxstream.runtime.lookup import LOOKUP
 from fxstream.runtime.loop import SlicedLoop
+from fxstream.runtime.release import give_back
+from fxstream.runtime.spill import send_home
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ class Storage:
     """One storage of a graph: born at schedule position ``birth``, last used at ``death``.
 
     ``node`` is the node that made it; what the graph returns dies after the last position. Storages of weights and
-    inputs have no birth and are not listed.
+    inputs have no birth and are not listed. One that a loop makes in a file has no ``bytes`` in memory.
     """
 
     node: fx.Node
+    key: int
     bytes: int
     birth: int
     death: int
@@ -152,8 +156,9 @@ def analyze(graph_module: fx.GraphModule) -> Liveness:
         if node.op in ("placeholder", "get_attr")
         for key, _ in storages_of(node.meta["val"])
     }
+    at_home = {key for node in schedule for key in _sent_home(graph_module, node)}
     index: dict[int, int] = {}
-    made: list[tuple[fx.Node, int]] = []
+    made: list[tuple[fx.Node, int, int]] = []
     death: list[int] = []
     of: dict[fx.Node, tuple[int, ...]] = {}
     for node in schedule:
@@ -163,7 +168,7 @@ def analyze(graph_module: fx.GraphModule) -> Liveness:
                 continue
             if key not in index:
                 index[key] = len(made)
-                made.append((node, size))
+                made.append((node, key, 0 if key in at_home else size))
                 death.append(position[node])
             if index[key] not in mine:
                 mine.append(index[key])
@@ -172,18 +177,64 @@ def analyze(graph_module: fx.GraphModule) -> Liveness:
         last = max((position.get(user, len(schedule)) for user in node.users), default=position[node])
         for storage in of[node]:
             death[storage] = max(death[storage], last)
-    storages = tuple(Storage(node, size, position[node], dead) for (node, size), dead in zip(made, death, strict=True))
-    transient = tuple(_transient_bytes(graph_module, node) for node in schedule)
+    storages = tuple(Storage(*each, position[each[0]], dead) for each, dead in zip(made, death, strict=True))
+    transient = tuple(_transient_bytes(graph_module, node) + _read_at_home(node, at_home) for node in schedule)
     return Liveness(schedule, storages, of, transient)
 
 
 def _transient_bytes(graph_module: fx.GraphModule, node: fx.Node) -> int:
-    """What a node allocates and frees again: a kernel's workspace, or the peak of a sliced loop's bodies."""
+    """What a node allocates and frees again: a kernel's workspace, or what a sliced loop's bodies and windows take."""
     if node.op != "call_module":
         return 0 if _is_drawn_anew(node) else workspace_bytes(node)
-    loop = graph_module.get_submodule(str(node.target))
+    loop = loop_of(graph_module, node)
+    if not loop.moves:
+        return max(map(body_bytes, loop.graphs().values()))
+    tensors, outs = [each.meta["val"] for each in node.args], node.meta["val"]
+    inside = {name: body_bytes(body) for name, body in loop.graphs().items()}
+    return max(inside[step.body] + loop.bytes_mapped(step, tensors, outs) for step in loop.steps)
+
+
+def mapped_bytes(node: fx.Node, loop: SlicedLoop) -> int:
+    """The most that a slice of the loop that a node calls has in memory of what is in files."""
+    tensors, outs = [each.meta["val"] for each in node.args], node.meta["val"]
+    return max(loop.bytes_mapped(step, tensors, outs) for step in loop.steps) if loop.moves else 0
+
+
+def loop_of(graph_module: fx.GraphModule, node: fx.Node) -> SlicedLoop:
+    """The loop that a node calls."""
+    return loop_at(graph_module, str(node.target))
+
+
+def loop_at(graph_module: fx.GraphModule, name: str) -> SlicedLoop:
+    """The loop of that name."""
+    loop = graph_module.get_submodule(name)
     assert isinstance(loop, SlicedLoop)
-    return max(map(body_bytes, loop.graphs().values()))
+    return loop
+
+
+def _sent_home(graph_module: fx.GraphModule, node: fx.Node) -> set[int]:
+    """The storages that are in files as a node makes or sends them."""
+    if node.target is send_home:
+        return memories(node.meta["val"])
+    if node.op != "call_module":
+        return set()
+    outputs = zip(loop_of(graph_module, node).outputs, node.meta["val"], strict=True)
+    return {key for output, value in outputs if output.home is not None for key in memories(value)}
+
+
+def _read_at_home(node: fx.Node, at_home: set[int]) -> int:
+    """Bytes of files that an operator has in memory, which is all of what it reads; or that it makes, to be sent."""
+    return sum(size for key, size in touched(node) if key in at_home) if at_home else 0
+
+
+def touched(node: fx.Node) -> Iterator[tuple[int, int]]:
+    """(identity, bytes) of each storage that an operator reads or makes; none where it only takes a view."""
+    if node.op != "call_function" or node.target in (operator.getitem, give_back):
+        return
+    read = dict(each for given in node.all_input_nodes for each in storages_of(given.meta["val"]))
+    made = dict(storages_of(node.meta["val"]))
+    if made.keys() - read.keys() or writes(node) or node.target is send_home:
+        yield from (read | made).items()
 
 
 _BODIES: WeakKeyDictionary[fx.GraphModule, int] = WeakKeyDictionary()
@@ -247,8 +298,7 @@ def _fetches(call: fx.Node, weight: fx.Node) -> bool:
     owner = call.graph.owning_module
     if call.op != "call_module" or owner is None:
         return False
-    loop = owner.get_submodule(str(call.target))
-    assert isinstance(loop, SlicedLoop)
+    loop = loop_of(owner, call)
     given = [position for position, argument in enumerate(call.args) if argument is weight]
     bodies = [body.graph.find_nodes(op="placeholder") for body in loop.graphs().values()]
     return all(stays_at_home(placeholders[position]) for placeholders in bodies for position in given)
@@ -256,6 +306,6 @@ def _fetches(call: fx.Node, weight: fx.Node) -> bool:
 
 def _describe(storage: Storage, last: int) -> LiveTensor:
     node = storage.node
-    tensor = next(t for t in tensors_of(node.meta["val"]) if t.untyped_storage().nbytes() == storage.bytes)
+    tensor = next(t for t in tensors_of(node.meta["val"]) if t.untyped_storage()._cdata == storage.key)
     lifetime = (storage.birth, min(storage.death, last))
     return LiveTensor(node.name, module_path(node), tuple(tensor.shape), tensor.dtype, storage.bytes, *lifetime)

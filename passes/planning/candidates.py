@@ -47,6 +47,7 @@ class Candidate:
     moved over all slices, ``whole_traffic`` bytes of whole tensors, weights mostly, read again by each. ``strided``
     maps the contiguous bytes that one step has in a window or an output to the bytes moved in such pieces. ``outputs``
     are the positions whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
+    ``mapped`` are the bytes for each step of what a slice has in memory of values that are in files.
     """
 
     run: Run
@@ -63,6 +64,7 @@ class Candidate:
     halo: float = 0.0
     overlap: tuple[float, float] = (0.0, 0.0)
     slowed: tuple[tuple[float, int], ...] = ()
+    mapped: float = 0.0
     measured: dict[int, int] = field(default_factory=dict)
 
     def body_bytes(self, length: int) -> float:
@@ -129,7 +131,7 @@ def _hills(program: Program, run: Run) -> Iterator[tuple[int, int]]:
         while rising:
             start, top = rising[-1]
             most = max(most, top)
-            alone = at - start == 1 and program.liveness.transient[start] < least
+            alone = at - start == 1 and not program.is_worth_a_loop(start, least)
             if most - cuts[start] >= least and at - start <= LONGEST_HILL and not alone:
                 yield start, at - 1
             if cuts[start] < cuts[at]:
@@ -168,6 +170,8 @@ class _Sweep:
         self.sources: dict[int, fx.Node] = {}
         self.launches, self.traffic, self.whole = 0, 0.0, 0.0
         self.strided: dict[int, int] = {}  # contiguous bytes a step -> bytes read of windows
+        self.mapped: dict[tuple[int, Slice], float] = {}  # storages in files, and the windows that slices read
+        self.read_whole: dict[int, int] = {}  # storages in files that slices read all of, and their bytes
         self.slowed: list[tuple[float, int]] = []
 
     def candidates(self, ends: set[int]) -> Iterator[Candidate]:
@@ -180,13 +184,15 @@ class _Sweep:
             stored = self._stored(index) if index in ends else None
             if stored:
                 over = self._overwrites(index)
-                new = sum(size for at, size in self.outputs.items() if at not in over)
+                new = sum(size for at, size in self.outputs.items() if at not in over and not self._at_home(at))
+                mapped = sum(self.mapped.values())
+                mapped += sum(size / self.run.extent for at, size in self.outputs.items() if self._at_home(at))
                 yield Candidate(
                     self.run,
                     self.start,
                     index,
-                    self.held + max(self.hoisting, self.hoisted + new),
-                    tuple(self.moments),
+                    self.held + max(self.hoisting, self.hoisted + new) + sum(self.read_whole.values()),
+                    tuple((fixed, step + mapped) for fixed, step in self.moments),
                     self.launches,
                     self.traffic + sum(self.outputs.values()),
                     self.whole,
@@ -195,7 +201,12 @@ class _Sweep:
                     over,
                     *self._overlap(),
                     tuple(self.slowed),
+                    mapped,
                 )
+
+    def _at_home(self, index: int) -> bool:
+        """Whether what a position makes counts as in files."""
+        return not self.program.at_home.isdisjoint(self.program.born[index])
 
     def _stored(self, end: int) -> tuple[int, ...] | None:
         """The positions whose values a loop stores that ends here: of several results, those that are picked of them.
@@ -291,6 +302,11 @@ class _Sweep:
                 layout = None
             self.reads[storage] = layout
             self.sources[storage] = node
+            if storage in self.program.at_home:
+                if piece is None:
+                    self.read_whole[storage] = self.program.liveness.storages[storage].bytes
+                else:
+                    self.mapped[storage, piece] = size / self.run.extent
         if piece is None or (node, piece) in self.windows:
             return
         self.windows.add((node, piece))

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxstream.passes.graph.effects import memories, written_by
-from fxstream.passes.graph.liveness import analyze, bytes_of, stays_at_home
+from fxstream.passes.graph.liveness import analyze, bytes_of, mapped_bytes, stays_at_home
 from fxstream.runtime.loop import SlicedLoop
 
 Path = tuple[str, ...]
@@ -91,7 +91,7 @@ class Homes:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that a call reads from files."""
+        """Bytes of weights that a call reads from files."""
         fetched = sum(stay.weight.bytes * stay.times for stay in self.stays)
         return fetched + sum(lookup.bytes for lookup in self.lookups)
 
@@ -191,7 +191,7 @@ def _least(graph_module: fx.GraphModule, sizes: dict[int, int]) -> int:
         inner = _body(graph_module, node) if held > most else None
         if inner is not None:
             inside = _given_whole(inner[1], read)
-            outside = held - transient - sum(sizes[key] for key in inside)
+            outside = held - transient - sum(sizes[key] for key in inside) + mapped_bytes(node, inner[0])
             held = min(held, outside + _least(inner[1], {key: sizes[key] for key in inside}))
         most = max(most, held)
     return most
@@ -227,7 +227,7 @@ class _Timeline:
                 fetched = _given_whole(body, read)
                 read -= fetched
                 around = outside + live[position] - liveness.transient[position]
-                around += sum(self.sizes[key] for key in read)
+                around += sum(self.sizes[key] for key in read) + mapped_bytes(node, loop)
                 self.walk(body, (*path, node.name), times * len(loop.steps), around, fetched)
             for key in read:
                 self.uses[key].append(Use(path, position, first, len(self.held) - 1, times))

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.graph.effects import draws
 from fxstream.passes.graph.flops import flops
-from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of
+from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of, touched
 from fxstream.passes.graph.propagate import fake_mode_of, fake_tensor
 from fxstream.passes.machine.cost import CONVOLUTIONS, convolves_plainly
 from fxstream.passes.machine.workspace import call_workspace_bytes
@@ -46,9 +47,14 @@ class Value:
 
 @dataclass
 class Program:
-    """A graph with fake values, its liveness, and memoized questions to the axis rules."""
+    """A graph with fake values, its liveness, and memoized questions to the axis rules.
+
+    Storages of ``home_bytes`` and more count as if they were in files: they are in memory where an operator uses them,
+    and where a slice does its window of them.
+    """
 
     graph_module: fx.GraphModule
+    home_bytes: float = inf
     liveness: Liveness = field(init=False)
     values: list[Value] = field(init=False)
     position: dict[fx.Node, int] = field(init=False)
@@ -73,7 +79,29 @@ class Program:
     @cached_property
     def live_bytes(self) -> list[int]:
         """Bytes live during each node."""
-        return self.liveness.live_bytes()
+        live = self.liveness.live_bytes()
+        for storage in (self.liveness.storages[s] for s in self.at_home):
+            for index in range(storage.birth, storage.death + 1):
+                live[index] -= storage.bytes
+        return [held + used for held, used in zip(live, self._used, strict=True)]
+
+    @cached_property
+    def _used(self) -> list[int]:
+        """Bytes that each node has in memory of what counts as in files."""
+        sizes = {self.liveness.storages[s].key: self.liveness.storages[s].bytes for s in self.at_home}
+        return [sum(sizes.get(key, 0) for key, _ in touched(value.node)) for value in self.values]
+
+    def is_worth_a_loop(self, index: int, least: float) -> bool:
+        """Whether a node by itself may be: it has a large workspace, or large values in memory that are in files."""
+        return self.liveness.transient[index] + self._used[index] >= least
+
+    @cached_property
+    def at_home(self) -> frozenset[int]:
+        """The storages that count as if they were in files."""
+        storages = enumerate(self.liveness.storages)
+        return frozenset(
+            index for index, each in storages if each.bytes >= self.home_bytes and each.death < len(self.values)
+        )
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -84,7 +112,9 @@ class Program:
     def cut_bytes(self) -> list[int]:
         """Bytes live across the boundary before each position, and after the last."""
         changes = [0] * (len(self.values) + 1)
-        for storage in self.liveness.storages:
+        for index, storage in enumerate(self.liveness.storages):
+            if index in self.at_home:
+                continue
             changes[storage.birth + 1] += storage.bytes
             if storage.death + 1 <= len(self.values):
                 changes[storage.death + 1] -= storage.bytes

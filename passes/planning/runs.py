@@ -169,7 +169,7 @@ class _Scanner:
                 self._put_back(index)  # no window can be read of a list
         work = [index for index in self.slices if not self.program.is_view(index)]
         extent = self.slices[self.start].extent
-        if len(work) < 2 and self.program.liveness.transient[self.start] < LEAST_ALONE * self.program.peak_bytes:
+        if len(work) < 2 and not self.program.is_worth_a_loop(self.start, LEAST_ALONE * self.program.peak_bytes):
             return None
         return Run(extent, self.start, end, self.slices, self.cuts)
 

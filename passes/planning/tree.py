@@ -31,11 +31,25 @@ class Loop:
         return self.body.added_flops * len(self.group.lengths) if self.body else 0
 
 
+@dataclass(frozen=True)
+class Spill:
+    """An activation at home: the ``name`` of the node that makes it, of the user's ``module_path``, and its bytes.
+
+    ``moved`` are those that are written there, and read from there.
+    """
+
+    name: str
+    module_path: str
+    bytes: int
+    moved: int
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """A graph as it runs: ``program``, with ``loops`` in place of intervals of its schedule.
 
-    ``after`` is its memory. ``recomputed_flops`` are the operations of the program that were not in the graph given.
+    ``after`` is its memory. ``recomputed_flops`` are the operations of the program that were not in the graph given,
+    ``spills`` the activations that live in files.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +57,7 @@ class Block:
     after: MemoryProfile
     loops: tuple[Loop, ...] = ()
     recomputed_flops: int = 0
+    spills: tuple[Spill, ...] = ()
 
     @property
     def added_flops(self) -> int:

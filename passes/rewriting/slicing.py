@@ -80,7 +80,8 @@ class Slicer:
                 self._copy(node, graph, env, moved)
         graph.eliminate_dead_code(stays)
         sliced = rebuilt(source, graph, "Streamed", modules)
-        fuse_norms(sliced)
+        if not self.program.at_home:  # all of a norm's input would be in memory
+            fuse_norms(sliced)
         return sliced
 
     def _copy(self, node: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node], moved: set[fx.Node]) -> None:

@@ -109,7 +109,7 @@ class TestSpilling:
     def test_a_folder_that_has_no_room_leaves_tensors_alone(self, tmp_path):
         tensor = torch.ones(9)
         address = tensor.data_ptr()
-        with pytest.raises(OSError, match=r"4096 bytes of weights can't be spilled to .*nowhere: No such file"):
+        with pytest.raises(OSError, match=r"4096 bytes can't be spilled to .*nowhere: No such file"):
             spill([tensor], str(tmp_path / "nowhere"))
         assert tensor.data_ptr() == address
 
