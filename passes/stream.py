@@ -255,7 +255,7 @@ class Search:
         for group in groups:
             module = known[group].module if group in known else self.slicer.loop(group).module
             for length, held in bodies_bytes(module).items():
-                grouping.learn(group, length, held + int(group.candidate.mapped * length))
+                grouping.learn(group, length, held)
 
     def _block(self, groups: Iterable[Group], known: Mapping[Group, Loop], target: float) -> Block:
         """The program with a loop for each group; those in ``known`` as they are there.

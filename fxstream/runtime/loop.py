@@ -93,15 +93,33 @@ class Output:
         return target.as_strided(self.shape, self.stride, target.storage_offset())
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """How a window lies in ``whole`` bytes: ``count`` stretches of ``step`` bytes for each step of an axis."""
+
+    count: int
+    step: float
+    whole: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor, axis: Slice, extent: int) -> Stretches:
+        """Those of a tensor, where the axis has ``extent`` steps."""
+        stride = tensor.stride(axis.dim)
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        count = math.prod(size for size, step in sizes if step > stride) * axis.outer
+        step = axis.inner * stride * tensor.element_size() * axis.extent / extent
+        return Stretches(count, step, int(tensor.untyped_storage().nbytes()))
+
+    def bytes_in_pages(self, length: float) -> int:
+        """Bytes of the pages that hold a window of that many steps."""
+        return min(self.whole, self.count * (math.ceil(self.step * length / mmap.PAGESIZE) + 1) * mmap.PAGESIZE)
+
+
 def _in_pages(tensor: torch.Tensor, axis: Slice | None, window: tuple[int, int] | None) -> int:
-    """Bytes of the pages that hold a window of a tensor: one stretch of memory after another."""
-    whole = tensor.untyped_storage().nbytes()
+    """Bytes of the pages that hold a window of a tensor."""
     if axis is None or window is None:
-        return whole
-    length = window[1] * axis.inner * tensor.stride(axis.dim) * tensor.element_size()
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    stretches = math.prod(size for size, step in sizes if step > tensor.stride(axis.dim)) * axis.outer
-    return min(int(whole), stretches * (-(-length // mmap.PAGESIZE) + 1) * mmap.PAGESIZE)
+        return int(tensor.untyped_storage().nbytes())
+    return Stretches.of(tensor, axis, axis.extent).bytes_in_pages(window[1])
 
 
 def _lies_as(tensor: torch.Tensor, stride: Sequence[int] | None) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
@@ -20,7 +20,7 @@ from fxstream.passes.operators.layout import lies_behind, lies_within, offset_by
 from fxstream.passes.planning.program import Program
 from fxstream.passes.planning.ranges import infer_ranges, stored_part
 from fxstream.passes.planning.runs import Run
-from fxstream.runtime.loop import Slice
+from fxstream.runtime.loop import Slice, Stretches
 
 MOST_CUTS = 8
 """Ends of a run that are considered as first and as last nodes of a group: those with the fewest bytes live there."""
@@ -47,7 +47,7 @@ class Candidate:
     moved over all slices, ``whole_traffic`` bytes of whole tensors, weights mostly, read again by each. ``strided``
     maps the contiguous bytes that one step has in a window or an output to the bytes moved in such pieces. ``outputs``
     are the positions whose storages outlive the loop; ``over`` maps those written over a dying input to that input.
-    ``mapped`` are the bytes for each step of what a slice has in memory of values that are in files.
+    ``mapped`` are the windows of values in files that a slice has in memory, by their pages.
     """
 
     run: Run
@@ -64,16 +64,17 @@ class Candidate:
     halo: float = 0.0
     overlap: tuple[float, float] = (0.0, 0.0)
     slowed: tuple[tuple[float, int], ...] = ()
-    mapped: float = 0.0
+    mapped: tuple[Stretches, ...] = ()
     measured: dict[int, int] = field(default_factory=dict)
 
     def body_bytes(self, length: int) -> float:
         """Peak bytes inside a body of ``length`` steps: exact where it was built, else by the nearest that was."""
+        steps = min(length + self.halo, self.run.extent)
+        mapped = sum(window.bytes_in_pages(steps) for window in self.mapped)
         if length in self.measured or not self.measured:
-            steps = min(length + self.halo, self.run.extent)
-            return self.measured.get(length) or max(fixed + step * steps for fixed, step in self.moments)
+            return mapped + (self.measured.get(length) or max(fixed + step * steps for fixed, step in self.moments))
         known = min(self.measured, key=lambda other: abs(other - length))
-        return self.measured[known] * max(1.0, (length + self.halo) / (known + self.halo))
+        return mapped + self.measured[known] * max(1.0, (length + self.halo) / (known + self.halo))
 
     def without_larger(self, program: Program) -> Candidate | None:
         """The candidate with no output over an input larger than it; None where it has none such."""
@@ -170,7 +171,7 @@ class _Sweep:
         self.sources: dict[int, fx.Node] = {}
         self.launches, self.traffic, self.whole = 0, 0.0, 0.0
         self.strided: dict[int, int] = {}  # contiguous bytes a step -> bytes read of windows
-        self.mapped: dict[tuple[int, Slice], float] = {}  # storages in files, and the windows that slices read
+        self.mapped: dict[tuple[int, Slice], Stretches] = {}  # storages in files, and the windows that slices read
         self.read_whole: dict[int, int] = {}  # storages in files that slices read all of, and their bytes
         self.slowed: list[tuple[float, int]] = []
 
@@ -185,14 +186,12 @@ class _Sweep:
             if stored:
                 over = self._overwrites(index)
                 new = sum(size for at, size in self.outputs.items() if at not in over and not self._at_home(at))
-                mapped = sum(self.mapped.values())
-                mapped += sum(size / self.run.extent for at, size in self.outputs.items() if self._at_home(at))
                 yield Candidate(
                     self.run,
                     self.start,
                     index,
                     self.held + max(self.hoisting, self.hoisted + new) + sum(self.read_whole.values()),
-                    tuple((fixed, step + mapped) for fixed, step in self.moments),
+                    tuple(self.moments),
                     self.launches,
                     self.traffic + sum(self.outputs.values()),
                     self.whole,
@@ -201,8 +200,16 @@ class _Sweep:
                     over,
                     *self._overlap(),
                     tuple(self.slowed),
-                    mapped,
+                    (*self.mapped.values(), *self._written_home(over)),
                 )
+
+    def _written_home(self, over: Collection[int]) -> Iterator[Stretches]:
+        """The windows of values in files that slices write, and don't read."""
+        for at in self.outputs:
+            if self._at_home(at) and at not in over:
+                value = self.program.values[at].node.meta["val"]
+                if isinstance(value, torch.Tensor):
+                    yield Stretches.of(value, self.run.slices[at], self.run.extent)
 
     def _at_home(self, index: int) -> bool:
         """Whether what a position makes counts as in files."""
@@ -306,7 +313,7 @@ class _Sweep:
                 if piece is None:
                     self.read_whole[storage] = self.program.liveness.storages[storage].bytes
                 else:
-                    self.mapped[storage, piece] = size / self.run.extent
+                    self.mapped[storage, piece] = Stretches.of(node.meta["val"], piece, self.run.extent)
         if piece is None or (node, piece) in self.windows:
             return
         self.windows.add((node, piece))

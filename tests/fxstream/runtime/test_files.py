@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from fxstream.runtime.fetch import fetch, fetched
 from fxstream.runtime.files import locate, region_of
-from fxstream.runtime.spill import spill
+from fxstream.runtime.release import give_back
+from fxstream.runtime.spill import empty_at_home, files_reused, send_home, spill
 
 
 def tensors():
@@ -133,3 +134,48 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "4\n"
+
+
+class TestMadeAtHome:
+    @pytest.mark.parametrize("stride", [(70, 1), (1, 300)])
+    def test_a_tensor_in_a_file(self, stride, tmp_path):
+        made = empty_at_home((300, 70), stride, torch.bfloat16, str(tmp_path))
+        assert (made.shape, made.stride(), made.dtype) == ((300, 70), stride, torch.bfloat16)
+        made.fill_(3)
+        assert region_of(made) is not None
+        give_back(made)
+        assert bool((made == 3).all())
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+    def test_a_tensor_that_is_sent_there(self, name):
+        tensor = tensors()[name]
+        sent = send_home(tensor, "")
+        assert torch.equal(sent, tensor)
+        assert sent.stride() == tensor.stride()
+        assert region_of(sent) is not None
+
+    def test_files_serve_again_within_a_call(self):
+        with files_reused():
+            first = empty_at_home((1000,), (1,), torch.float32)
+            second = empty_at_home((1000,), (1,), torch.float32)
+            file, address = region_of(first).file, first.data_ptr()
+            assert region_of(second).file is not file
+            del first
+            gc.collect()
+            third = empty_at_home((900,), (1,), torch.float32)
+            assert third.data_ptr() == address
+            smaller = empty_at_home((10,), (1,), torch.float32)
+        assert len({x.data_ptr() for x in (second, third, smaller)}) == 3
+
+    def test_and_are_closed_at_its_end(self):
+        open_before = len(os.listdir("/proc/self/fd"))
+        with files_reused():
+            for size in (1000, 5000, 100_000):
+                empty_at_home((size,), (1,), torch.float32).fill_(1)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == open_before
+
+    def test_a_folder_that_can_take_none(self, tmp_path):
+        with pytest.raises(OSError, match=r"4000 bytes can't be spilled to .*nowhere"):
+            empty_at_home((1000,), (1,), torch.float32, str(tmp_path / "nowhere"))
