@@ -52,7 +52,7 @@ def _within(
             return placed
         blocks.append(block)
     for search in _spilling(graph_module, limit, folder):
-        for share in [None] if limit is None else [limit // 2, None]:
+        for share in _shares(limit, weights):
             block = search.streamed(share, 0.0)
             placed = _placed(block, limit, kept)
             if limit is not None and placed[1].peak_bytes <= limit:
@@ -62,6 +62,13 @@ def _within(
     (placed, number) = min(found, key=lambda each: each[0][1].peak_bytes)
     # The lowest is met within one per cent, for the least that is moved.
     return placed if limit is not None else _placed(blocks[number], int(SLACK * placed[1].peak_bytes), kept)
+
+
+def _shares(limit: int | None, weights: int) -> Iterator[int | None]:
+    """What activations may hold that are spilled, too: all that weights leave, half of the limit, as few as can be."""
+    if limit is not None:
+        yield from sorted({max(limit - weights, limit // 2), limit // 2}, reverse=True)
+    yield None
 
 
 def _spilling(graph_module: fx.GraphModule, limit: int | None, folder: str) -> Iterator[Search]:

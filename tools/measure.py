@@ -108,14 +108,16 @@ class WatchedMemory(threading.Thread):
         super().__init__(daemon=True)
         self.limit, self.anonymous, self.resident = limit, 0.0, 0.0
 
+    def look(self) -> None:
+        """Look at it now."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes = {line.split()[0]: int(line.split()[1]) / 2**20 for line in lines if line.startswith(("Rss", "VmRSS"))}
+        self.anonymous = max(self.anonymous, sizes["RssAnon:"])
+        self.resident = max(self.resident, sizes["VmRSS:"])
+
     def run(self) -> None:
         while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            sizes = {
-                line.split()[0]: int(line.split()[1]) / 2**20 for line in lines if line.startswith(("Rss", "VmRSS"))
-            }
-            self.anonymous = max(self.anonymous, sizes["RssAnon:"])
-            self.resident = max(self.resident, sizes["VmRSS:"])
+            self.look()
             if self.anonymous > self.limit:
                 print(f"ended at {self.anonymous:.2f} GiB of anonymous memory", flush=True)
                 os._exit(1)

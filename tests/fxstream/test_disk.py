@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,6 +232,83 @@ def test_compiled(compiler):
     assert relative_l2(torch.compile(streamed, backend=compiler)(X), model(X)) <= 1e-6
 
 
+class Picture(nn.Module):
+    """What a decoder is: few weights, and activations of which two are more than the budget."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rise, self.out = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norm = nn.GroupNorm(4, width)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x):
+        skip = x = self.rise(x)
+        for conv in self.convs:
+            x = conv(torch.nn.functional.silu(self.norm(x)))
+        return self.out(x + skip)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """4 MiB an activation: slices alone come to 8 MiB."""
+    model, x = Picture(), torch.randn(1, 3, 128, 256, generator=torch.Generator().manual_seed(0))
+    return model, x, fxstream.optimize(model, "5MiB", (x,), offload="disk")
+
+
+class TestActivations:
+    def test_the_model_s_output_within_the_budget(self, made):
+        model, x, streamed = made
+        (plan,) = streamed.plans
+        measured = measure_peak(streamed, x)
+        assert fxstream.plan(model, (x,)).peak_bytes >= 8 * MIB
+        assert held(plan) <= 5 * MIB
+        assert measured.peak_bytes <= plan.peak_bytes
+        assert relative_l2(measured.result, model(x)) <= 1e-6
+        assert plan.spilled and plan.moved_bytes >= 2 * sum(value.bytes for value in plan.spilled)
+        assert f"Activations on disk: {len(plan.spilled)} of " in str(plan)
+
+    def test_no_file_is_left(self, made):
+        _, x, streamed = made
+        before = len(os.listdir("/proc/self/fd"))
+        streamed(x)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_a_disk_that_is_full_meanwhile(self, made, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        model, x, streamed = made
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"\d+ bytes can't be spilled to .*: No space left on device"):
+            streamed(x)
+        monkeypatch.undo()
+        assert relative_l2(streamed(x), model(x)) <= 1e-6
+
+    def test_in_several_threads(self, made):
+        model, x, streamed = made
+        inputs = [x * scale for scale in (1.0, 2.0, -1.0, 0.5)]
+        with ThreadPoolExecutor(4) as threads, torch.no_grad():
+            found = list(threads.map(streamed, inputs))
+        assert all(relative_l2(a, model(b)) <= 1e-6 for a, b in zip(found, inputs, strict=True))
+
+    @pytest.mark.parametrize("compiler", ["aot_eager"])
+    def test_compiled(self, made, compiler):
+        model, x, _ = made
+        streamed = fxstream.optimize(model, "5MiB", (x,), offload="disk", compile=compiler)
+        assert streamed.plans[0].spilled
+        assert relative_l2(streamed(x), model(x)) <= 1e-6
+
+    def test_below_what_files_can_do(self, made):
+        model, x, _ = made
+        with pytest.raises(fxstream.MemoryBudgetError) as caught:
+            fxstream.optimize(model, "600KiB", (x,), offload="disk")
+        assert caught.value.lowest_bytes < 5 * MIB
+        assert caught.value.plan.spilled
+
+
 RESIDENT = """
 import resource, sys, torch
 import fxstream
@@ -261,3 +339,34 @@ def test_resident_memory_of_a_process_of_its_own(tmp_path):
     grown, weights = map(int, done.stdout.split())
     assert weights > 384 * MIB
     assert grown < 72 * MIB
+
+
+SPILLED = """
+import sys, torch
+import fxstream
+from fxstream.tools.measure import WatchedMemory
+from tests.fxstream.test_disk import Picture
+
+torch.set_num_threads(1)
+model, x = Picture(), torch.ones(1, 3, 1024, 512)
+streamed = fxstream.optimize(model, "48MiB", (x,), offload="disk:" + sys.argv[1])
+model(torch.ones(1, 3, 64, 64))
+memory = WatchedMemory(limit=64.0)
+memory.look()
+before = memory.anonymous
+memory.start()
+found = streamed(x)
+grown = memory.anonymous - before
+print(grown, sum(value.bytes for value in streamed.plans[0].spilled), float((found - model(x)).norm() / found.norm()))
+"""
+
+
+def test_memory_of_a_process_with_activations_in_files(tmp_path):
+    """64 MiB an activation, run in 48 MiB: what is in files is no memory that the process has to itself."""
+    command = [sys.executable, "-c", SPILLED, str(tmp_path)]
+    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is the system's at once
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=given_back)
+    grown, spilled, off = map(float, done.stdout.split())
+    assert spilled >= 128 * MIB
+    assert off <= 1e-6
+    assert grown * 1024 < 48

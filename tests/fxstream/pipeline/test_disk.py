@@ -217,7 +217,7 @@ import gc, resource, sys, torch
 from torch import nn
 from diffusers import DDIMScheduler
 import fxstream
-from tests.fxstream.pipeline.pipelines import Codec, TextEncoder, ToyPipeline, Denoiser
+from tests.fxstream.pipeline.pipelines import Codec, TextEncoder, ToyPipeline, Denoiser, toy
 
 class Encoder(TextEncoder):
     def __init__(self):
@@ -252,6 +252,9 @@ def now():
 def generate(pipeline):
     return pipeline("a cat", generator=torch.Generator().manual_seed(2))
 
+warm = toy()
+fxstream.optimize(warm, "min", offload="disk")  # which brings modules in that planning takes
+generate(warm)
 made = pipeline()
 expected = generate(made)
 weights = sum(w.nbytes for m in made.components.values() if isinstance(m, nn.Module) for w in m.parameters())
@@ -279,6 +282,6 @@ def test_resident_memory_of_a_process_of_its_own(tmp_path):
     weights, freed, grown, planned, off = map(float, done.stdout.split())
     assert off <= 1e-6
     assert weights > 256 << 20
-    assert freed > 0.5 * weights  # planning has brought modules in
+    assert freed > 0.8 * weights
     assert planned <= 48 << 20
     assert grown <= planned + (8 << 20)
