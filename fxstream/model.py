@@ -39,7 +39,8 @@ def optimize_model(
         if store is not None:
             store.refuse_elsewhere()
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
-        compiled = compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live, store and store.disk)
+        disk = store.disk if store is not None else None
+        compiled = compile_call(model, args, kwargs, budget, allow_recompute, held, backend, live, disk)
         if store is not None:
             fetched = {weight.name for weight in compiled.plan.fetched}
             compiled = replace(compiled, run=store.running(compiled.graph_module, fetched, compiled.run))

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace) -> None:
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     size = {"frames": options.frames, "height": options.height, "width": options.width}
+    decode: Any
     decode, args, kwargs = catalogue.build("svd-vae", **size, dtype=torch.float32, fake=False)
     memory = WatchedMemory((budget or 0) / GIB + 1 if on_disk else options.memory)
     planned = "-"
