@@ -68,13 +68,13 @@ def empty_at_home(
 
 
 def send_home(tensor: torch.Tensor, folder: str) -> torch.Tensor:
-    """A copy of a tensor, which is all of its storage, in a file. Raises ``OSError`` as ``empty_at_home`` does."""
+    """A copy of a tensor and of all of its storage in a file. Raises ``OSError`` as ``empty_at_home`` does."""
     size = tensor.untyped_storage().nbytes()
     memory, address, done = _free_memory(folder, size), tensor.untyped_storage().data_ptr(), 0
     while done < size:  # not by way of the mapping, whose pages would be in memory, too
         part = (ctypes.c_char * min(size - done, MOST_AT_ONCE)).from_address(address + done)
         done += os.pwrite(memory.file.descriptor, part, done)
-    return _in(memory, tensor.shape, tensor.stride(), tensor.dtype)
+    return _in(memory, tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset())
 
 
 @contextmanager
@@ -112,13 +112,15 @@ def _free_memory(folder: str | None, size: int) -> _Memory:
     return best
 
 
-def _in(memory: _Memory, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _in(
+    memory: _Memory, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, offset: int = 0
+) -> torch.Tensor:
     """A tensor in mapped memory, which is free again when the tensor's storage is gone."""
     buffer, free = (ctypes.c_char * len(memory)).from_buffer(memory), _free()
     if free is not None:
         finalize(buffer, free.append, memory).atexit = False
     data = torch.frombuffer(buffer, dtype=torch.uint8)
-    return torch.empty(0, dtype=dtype).set_(data.untyped_storage(), 0, shape, stride)
+    return torch.empty(0, dtype=dtype).set_(data.untyped_storage(), offset, shape, stride)
 
 
 def _in_pages(size: int) -> int:

@@ -80,6 +80,8 @@ class Program:
     def live_bytes(self) -> list[int]:
         """Bytes live during each node."""
         live = self.liveness.live_bytes()
+        if not self.at_home:
+            return live
         for storage in (self.liveness.storages[s] for s in self.at_home):
             for index in range(storage.birth, storage.death + 1):
                 live[index] -= storage.bytes
@@ -89,6 +91,8 @@ class Program:
     def _used(self) -> list[int]:
         """Bytes that each node has in memory of what counts as in files."""
         sizes = {self.liveness.storages[s].key: self.liveness.storages[s].bytes for s in self.at_home}
+        if not sizes:
+            return [0] * len(self.values)
         return [sum(sizes.get(key, 0) for key, _ in touched(value.node)) for value in self.values]
 
     def is_worth_a_loop(self, index: int, least: float) -> bool:
