@@ -62,9 +62,9 @@ class PipelinePlan:
     def table(self) -> str:
         """A line a stage. Bytes are weights on the device, inputs, what else is kept, and activations.
 
-        Where weights are read from disk, "read" is what one call reads of them.
+        Where values live on disk, "moved" is what one call reads from there and writes.
         """
-        moves = any(stage.plan is not None and stage.plan.fetched for stage in self.stages)
+        moves = any(stage.plan is not None and stage.plan.moved_bytes for stage in self.stages)
         rows = []
         for stage in self.stages:
             made = stage.plan
@@ -82,7 +82,7 @@ class PipelinePlan:
                     *([format_bytes(made.moved_bytes) if made else ""] if moves else []),
                 ]
             )
-        headers = ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits", "read"]
+        headers = ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits", "moved"]
         align = ("left", *("right",) * 7, "left", "right")
         columns = len(headers) if moves else len(headers) - 1
         return tabulate(rows, headers=headers[:columns], colalign=align[:columns], disable_numparse=True)

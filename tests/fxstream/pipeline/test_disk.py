@@ -73,7 +73,7 @@ class TestStages:
         assert encoder.plan.before.weight_bytes == 256 * 16 * 4
         assert encoder.total_bytes == encoder.plan.input_bytes + encoder.plan.moved_bytes == 8 + 64
         header, _, row, *_ = str(fxstream.plan(pipeline)).splitlines()
-        assert (header.split()[-1], row.split()[-2:]) == ("read", ["64", "B"])
+        assert (header.split()[-1], row.split()[-2:]) == ("moved", ["64", "B"])
 
     def test_planned_at_the_first_call(self, pipeline, expected):
         fxstream.optimize(pipeline, "64KiB", offload="disk")
