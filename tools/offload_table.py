@@ -99,7 +99,9 @@ def _planned(row: Row, planned: Callable[[], Any]) -> tuple[Any, float]:
 def _row(row: Row, size: str, weights: int, captured: int, held: int, moved: int, seconds: float) -> list[str]:
     sizes = [f"{each / GIB:.2f}" for each in (weights, captured, held, moved)]
     kind = "whole pipeline" if row.name in pipelines.PIPELINES else str(row.dtype).removeprefix("torch.")
-    return [f"{row.name}, {kind}", size, *sizes[:2], row.budget, *sizes[2:], f"{seconds:.0f}"]
+    cells = [f"{row.name}, {kind}", size, *sizes[:2], row.budget, *sizes[2:], f"{seconds:.0f}"]
+    print(*cells, sep=" | ", file=sys.stderr, flush=True)
+    return cells
 
 
 if __name__ == "__main__":
