@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxstream.runtime.release import give_back
-from fxstream.runtime.spill import empty_at_home
+from fxstream.runtime.spill import empty_at_home, write_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,14 @@ class Slice:
         window = self.window(tensor, start, length)
         return window if self.outer == 1 else window.flatten(self.dim, self.dim + 2)
 
-    def store(self, whole: torch.Tensor, start: int, part: torch.Tensor) -> None:
-        """Write ``part`` as the slice of ``whole`` that begins at ``start``."""
+    def store(self, whole: torch.Tensor, start: int, part: torch.Tensor, at_home: bool = False) -> None:
+        """Write ``part`` as the slice of ``whole`` that begins at ``start``; where that is in a file, to the file."""
         length = part.shape[self.dim] // (self.outer * self.inner)
         if self.outer > 1:
             part = part.unflatten(self.dim, (self.outer, length, self.inner))
-        self.window(whole, start, length).copy_(part)
+        window = self.window(whole, start, length)
+        if not (at_home and write_home(window, part)):
+            window.copy_(part)
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,15 @@ class SlicedLoop(nn.Module):
         outs = tuple(output.allocate(tensors) for output in self.outputs)
         mapped = [tensors[position] for position in self.at_home]
         mapped += [out for output, out in zip(self.outputs, outs, strict=True) if output.home is not None]
+        at_home = [output.home is not None or output.over in self.at_home for output in self.outputs]
         for step in self.steps:
             windows = [
                 x if s is None or read is None else s.window(x, *read)
                 for x, s, read in zip(tensors, self.inputs, step.reads, strict=True)
             ]
             parts = self.bodies[step.body].forward(*windows)
-            for output, out, start, part in zip(self.outputs, outs, step.writes, parts, strict=True):
-                output.slice.store(out, start, part)
+            for output, out, start, part, home in zip(self.outputs, outs, step.writes, parts, at_home, strict=True):
+                output.slice.store(out, start, part, home)
             del parts, part
             for tensor in mapped:
                 give_back(tensor)

@@ -13,8 +13,8 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
-from weakref import finalize
+from itertools import accumulate, product
+from weakref import WeakValueDictionary, finalize
 
 import torch
 
@@ -25,6 +25,10 @@ class _Memory(mmap.mmap):
     """A mapping, and the file that it is of."""
 
     file: OpenFile
+
+
+_SPILLED: WeakValueDictionary[int, _Memory] = WeakValueDictionary()
+"""Mappings by their addresses."""
 
 
 def spill(tensors: Sequence[torch.Tensor], folder: str | None = None) -> None:
@@ -75,6 +79,30 @@ def send_home(tensor: torch.Tensor, folder: str) -> torch.Tensor:
         part = (ctypes.c_char * min(size - done, MOST_AT_ONCE)).from_address(address + done)
         done += os.pwrite(memory.file.descriptor, part, done)
     return _in(memory, tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset())
+
+
+def write_home(window: torch.Tensor, part: torch.Tensor) -> bool:
+    """Write a part to a window of a spilled tensor, by way of its file: written to, its pages would be in memory.
+
+    The system maps much around a page that is written to. False, and nothing written, where the two lie together in
+    stretches of less than a page.
+    """
+    memory = _SPILLED.get(window.untyped_storage().data_ptr())
+    order = sorted(range(window.dim()), key=window.stride, reverse=True)
+    window, part = window.permute(order), part.permute(order)
+    stretch, outer = 1, window.dim()
+    while outer and (window.shape[outer - 1] == 1 or window.stride(outer - 1) == part.stride(outer - 1) == stretch):
+        outer -= 1
+        stretch *= window.shape[outer]
+    size, item = stretch * window.element_size(), window.element_size()
+    if memory is None or size < mmap.PAGESIZE or part.dtype != window.dtype:
+        return False
+    for index in product(*map(range, window.shape[:outer])):
+        there = sum((at * step for at, step in zip(index, window.stride(), strict=False)), window.storage_offset())
+        here = sum(at * step for at, step in zip(index, part.stride(), strict=False))
+        found = (ctypes.c_char * size).from_address(part.data_ptr() + here * item)
+        os.pwrite(memory.file.descriptor, found, there * item)
+    return True
 
 
 @contextmanager
@@ -136,9 +164,11 @@ def _memory(folder: str, size: int) -> _Memory:
         os.unlink(path)
         os.posix_fallocate(descriptor, 0, size)
         memory = _Memory(descriptor, size, mmap.MAP_SHARED)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a page that is read would bring 2 MiB in
     except OSError as error:
         raise OSError(error.errno, f"{size} bytes can't be spilled to {folder}: {error.strerror}") from error
     memory.file = file
+    _SPILLED[_address(memory)] = memory
     return memory
 
 

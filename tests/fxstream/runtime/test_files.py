@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fxstream.runtime.fetch import fetch, fetched
 from fxstream.runtime.files import locate, region_of
 from fxstream.runtime.release import give_back
-from fxstream.runtime.spill import empty_at_home, files_reused, send_home, spill
+from fxstream.runtime.spill import empty_at_home, files_reused, send_home, spill, write_home
 
 
 def tensors():
@@ -154,6 +154,26 @@ class TestMadeAtHome:
         assert torch.equal(sent, tensor)
         assert sent.stride() == tensor.stride()
         assert region_of(sent) is not None
+
+    @pytest.mark.parametrize("dim", [0, 1, 2])
+    @pytest.mark.parametrize("crop", [0, 3])
+    def test_a_window_is_written_by_way_of_the_file(self, dim, crop):
+        """What a slice makes, which may be a part of a larger tensor, without a page of the window in memory."""
+        made = empty_at_home((4, 64, 2048), (64 * 2048, 2048, 1), torch.float32)
+        made.zero_()
+        whole = torch.randn(4, 64, 2048)
+        length = made.shape[dim] // 2
+        larger = torch.cat([whole.narrow(dim, 0, length), torch.ones_like(whole.narrow(dim, 0, crop))], dim)
+        part = larger.narrow(dim, 0, length)
+        assert write_home(made.narrow(dim, 1, length), part)
+        assert torch.equal(made.narrow(dim, 1, length), part)
+        assert made.count_nonzero() == part.count_nonzero()
+
+    def test_a_window_of_stretches_shorter_than_a_page_is_not(self):
+        made = empty_at_home((64, 2048), (2048, 1), torch.float32)
+        assert not write_home(made[:, :8], torch.ones(64, 8))
+        assert not write_home(made[:2], torch.ones(2048, 2).t())
+        assert not write_home(torch.ones(64, 2048), torch.ones(64, 2048))
 
     def test_files_serve_again_within_a_call(self):
         with files_reused():
