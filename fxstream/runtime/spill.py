@@ -78,7 +78,7 @@ def send_home(tensor: torch.Tensor, folder: str) -> torch.Tensor:
     while done < size:  # not by way of the mapping, whose pages would be in memory, too
         part = (ctypes.c_char * min(size - done, MOST_AT_ONCE)).from_address(address + done)
         done += os.pwrite(memory.file.descriptor, part, done)
-    return _in(memory, tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset())
+    return _in(memory, tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()))
 
 
 def write_home(window: torch.Tensor, part: torch.Tensor) -> bool:
@@ -98,7 +98,7 @@ def write_home(window: torch.Tensor, part: torch.Tensor) -> bool:
     if memory is None or size < mmap.PAGESIZE or part.dtype != window.dtype:
         return False
     for index in product(*map(range, window.shape[:outer])):
-        there = sum((at * step for at, step in zip(index, window.stride(), strict=False)), window.storage_offset())
+        there = sum((at * step for at, step in zip(index, window.stride(), strict=False)), int(window.storage_offset()))
         here = sum(at * step for at, step in zip(index, part.stride(), strict=False))
         found = (ctypes.c_char * size).from_address(part.data_ptr() + here * item)
         os.pwrite(memory.file.descriptor, found, there * item)
