@@ -81,7 +81,9 @@ class Store:
         locate(found)
         held = _held_elsewhere(found, tensors)
         storages = {_storage(weight) for weight in found if region_of(weight) is None} - held
-        spill([tensor for tensor in tensors if _storage(tensor) in storages], self.disk.folder)
+        moved = [tensor for tensor in tensors if _storage(tensor) in storages]
+        spill(moved, self.disk.folder)
+        locate(moved)  # what is known of where they were holds on to the memory there
 
     def take_all(self) -> None:
         """Send home all weights that can be, and give back the memory of those that are. Raises as ``take`` does."""

@@ -34,7 +34,7 @@ class Fetch:
 def fetch(home: torch.Tensor) -> Fetch:
     """Begin to copy a dense tensor from its home into memory of its own, laid out in the same way."""
     tensor = torch.empty_strided(home.shape, home.stride(), dtype=home.dtype, device=home.device)
-    return Fetch(tensor, _READER.submit(_copy, home, tensor))
+    return Fetch(tensor, _READER.submit(_copy, home, [tensor]))
 
 
 def fetched(started: Fetch) -> torch.Tensor:
@@ -42,7 +42,9 @@ def fetched(started: Fetch) -> torch.Tensor:
     return started.wait()
 
 
-def _copy(home: torch.Tensor, tensor: torch.Tensor) -> None:
+def _copy(home: torch.Tensor, into: list[torch.Tensor]) -> None:
+    """Copy into the only one of a list, which is empty then: the reading thread holds it no longer than it reads."""
+    tensor = into.pop()
     size = tensor.numel() * tensor.element_size()
     region = region_of(home)
     if region is None or region.is_changed(home.data_ptr(), size):

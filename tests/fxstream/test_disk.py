@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -78,6 +79,14 @@ def test_models_of_diffusers(name, dtype):
     assert held(plan) <= budget
     assert abs(measured.peak_bytes - plan.peak_bytes) <= 0.01 * plan.peak_bytes
     assert relative_l2(measured.result[0], expected) <= 1e-6
+
+
+def test_what_is_moved_leaves_memory_at_once():
+    model = Deep()
+    before = [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
+    streamed = fxstream.optimize(model, "1MiB", (X,), offload="disk")
+    gone = sum(storage() is None for storage in before)
+    assert gone == len({weight.name for weight in streamed.plans[0].fetched}) > 0
 
 
 def test_below_the_lowest_nothing_is_changed():

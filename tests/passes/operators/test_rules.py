@@ -854,7 +854,7 @@ def index(random: Random, operator: OpOverload) -> Arguments:
     return (drawn, [None] * first + given), {}
 
 
-@sample(aten.embedding.default)
+@sample(aten.embedding.default, torch.ops.fxstream.lookup.default)
 def embedding(random: Random, operator: OpOverload) -> Arguments:
     return (tensor(random, 5, random.choice((4, 6))), indices(5, *shape(random, 0, 3))), {}
 
