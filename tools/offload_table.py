@@ -26,7 +26,7 @@ from fxstream.tools import catalogue, pipelines
 from fxstream.tools.bench_offload import WAN_14B
 
 GIB = 2**30
-HEADERS = ["", "size", "weights GiB", "captured GiB", "budget", "held GiB", "read GiB a call", "seconds"]
+HEADERS = ["", "size", "weights GiB", "captured GiB", "budget", "held GiB", "moved GiB a call", "seconds"]
 
 
 @dataclass(frozen=True)
