@@ -99,8 +99,12 @@ class Plan:
     @property
     def moved_bytes(self) -> int:
         """Bytes that a call reads of weights on disk, and writes and reads of activations."""
-        weights = sum(weight.bytes * weight.times for weight in self.fetched)
-        return weights + sum(value.moved for value in self.spilled)
+        return self._read_bytes + sum(value.moved for value in self.spilled)
+
+    @property
+    def _read_bytes(self) -> int:
+        """Bytes that a call reads of weights on disk."""
+        return sum(weight.bytes * weight.times for weight in self.fetched)
 
     @property
     def weight_bytes(self) -> int:
@@ -140,8 +144,7 @@ class Plan:
             text += f"\n\nValues computed again: {self.added_flops / 1e9:,.1f} GFLOP"
         if self.fetched:
             names = len({weight.name for weight in self.fetched})
-            read = sum(weight.bytes * weight.times for weight in self.fetched)
-            text += f"\n\nWeights on disk: {names}, of which a call reads {format_bytes(read)}"
+            text += f"\n\nWeights on disk: {names}, of which a call reads {format_bytes(self._read_bytes)}"
         if self.spilled:
             size, moved = sum(each.bytes for each in self.spilled), sum(each.moved for each in self.spilled)
             text += f"\n\nActivations on disk: {len(self.spilled)} of {format_bytes(size)} in all, "

@@ -14,13 +14,12 @@ from dataclasses import replace
 
 from torch import fx
 
-from fxstream.passes.graph.liveness import profile
+from fxstream.passes.graph.liveness import loop_at, profile
 from fxstream.passes.planning.homes import Homes, place_weights
 from fxstream.passes.planning.tree import Block, Loop
 from fxstream.passes.rewriting.fetches import insert_fetches
 from fxstream.passes.rewriting.lookups import look_up
 from fxstream.passes.stream import LARGE_SHARE, SLACK, Search, Spilling, stream
-from fxstream.runtime.loop import SlicedLoop
 
 
 def offload(
@@ -44,24 +43,25 @@ def offload(
 def _within(
     graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool, kept: Collection[str], folder: str
 ) -> tuple[Block, Homes]:
-    weights = profile(graph_module).weight_bytes
-    blocks: list[Block] = []
-    for block in _streamed(graph_module, limit, weights, allow_recompute):
+    found = []
+    for block in _ways(graph_module, limit, allow_recompute, folder):
         placed = _placed(block, limit, kept)
         if limit is not None and placed[1].peak_bytes <= limit:
             return placed
-        blocks.append(block)
-    for search in _spilling(graph_module, limit, folder):
-        for share in _shares(limit, weights):
-            block = search.streamed(share, 0.0)
-            placed = _placed(block, limit, kept)
-            if limit is not None and placed[1].peak_bytes <= limit:
-                return placed
-            blocks.append(block)
-    found = [(_placed(block, limit, kept), number) for number, block in enumerate(blocks)]
-    (placed, number) = min(found, key=lambda each: each[0][1].peak_bytes)
+        found.append((block, placed))
+    block, placed = min(found, key=lambda each: each[1][1].peak_bytes)
     # The lowest is met within one per cent, for the least that is moved.
-    return placed if limit is not None else _placed(blocks[number], int(SLACK * placed[1].peak_bytes), kept)
+    return placed if limit is not None else _placed(block, int(SLACK * placed[1].peak_bytes), kept)
+
+
+def _ways(graph_module: fx.GraphModule, limit: int | None, allow_recompute: bool, folder: str) -> Iterator[Block]:
+    """Ways to stream a graph: those in memory, then those that spill, the largest values alone first."""
+    before = profile(graph_module)
+    yield from _streamed(graph_module, limit, before.weight_bytes, allow_recompute)
+    for least in [LARGE_SHARE * before.peak_bytes] if limit is None else [limit / 4, limit / 16]:
+        search = Search(graph_module, 0, Spilling(least, folder))
+        for share in _shares(limit, before.weight_bytes):
+            yield search.streamed(share, 0.0)
 
 
 def _shares(limit: int | None, weights: int) -> Iterator[int | None]:
@@ -69,13 +69,6 @@ def _shares(limit: int | None, weights: int) -> Iterator[int | None]:
     if limit is not None:
         yield from sorted({max(limit - weights, limit // 2), limit // 2}, reverse=True)
     yield None
-
-
-def _spilling(graph_module: fx.GraphModule, limit: int | None, folder: str) -> Iterator[Search]:
-    """Ways to stream a graph that spill, the largest values alone first."""
-    shares = [LARGE_SHARE * profile(graph_module).peak_bytes] if limit is None else [limit / 4, limit / 16]
-    for least in shares:
-        yield Search(graph_module, 0, Spilling(least, folder))
 
 
 def _placed(block: Block, limit: int | None, kept: Collection[str]) -> tuple[Block, Homes]:
@@ -109,8 +102,7 @@ def _rewritten(block: Block, graph_module: fx.GraphModule) -> Block:
 
 
 def _loop_rewritten(loop: Loop, graph_module: fx.GraphModule) -> Loop:
-    module = graph_module.get_submodule(loop.name)
-    assert isinstance(module, SlicedLoop)
+    module = loop_at(graph_module, loop.name)
     if module is loop.module or loop.body is None:
         return replace(loop, module=module)
     bodies = loop.module.graphs().items()

@@ -76,7 +76,7 @@ class Stage:
         self.component, self.method = component, method
         self.name = stage_name(component, method)
         self.expected: Resident | None = None
-        self.whole: Calls | None = None
+        self._whole: Calls | None = None
         self._pipeline = weakref.ref(pipeline)
         self._made = made
         self._store: Store | None = keywords["store"]
@@ -96,21 +96,17 @@ class Stage:
 
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         module = owner(self.streamed)[0]
-        if self.whole is None:
+        if self._whole is None:
             try:
                 return type(self.streamed).forward(self.streamed, *args, **kwargs)
             except CaptureError:
                 if streamed_methods(module):
                     raise
-                self.runs_whole()
-        assert self.whole is not None and self._store is not None
-        self._store.begin(self.whole)
+                weights = list(weights_of(module))
+                self._whole = Calls(weights, weights)  # from now on it runs as it is
+        assert self._store is not None
+        self._store.begin(self._whole)
         return module(*args, **kwargs)
-
-    def runs_whole(self) -> None:
-        """Let the component run as it is from now on, its weights where they are."""
-        weights = list(weights_of(owner(self.streamed)[0]))
-        self.whole = Calls(weights, weights)
 
     def resident(self, tensors: Sequence[torch.Tensor]) -> Resident:
         """What is on the inputs' device now: all weights there, and what stages made and the pipeline still has."""

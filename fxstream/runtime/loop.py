@@ -117,7 +117,7 @@ class Stretches:
         return min(self.whole, self.count * (math.ceil(self.step * length / mmap.PAGESIZE) + 1) * mmap.PAGESIZE)
 
 
-def _in_pages(tensor: torch.Tensor, axis: Slice | None, window: tuple[int, int] | None) -> int:
+def _pages_of(tensor: torch.Tensor, axis: Slice | None, window: tuple[int, int] | None) -> int:
     """Bytes of the pages that hold a window of a tensor."""
     if axis is None or window is None:
         return int(tensor.untyped_storage().nbytes())
@@ -211,9 +211,9 @@ class SlicedLoop(nn.Module):
 
     def bytes_mapped(self, step: Step, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> int:
         """Bytes of files that one slice has in memory: those of its windows, of these inputs and outputs, in pages."""
-        read = sum(_in_pages(tensors[at], self.inputs[at], step.reads[at]) for at in self.at_home)
+        read = sum(_pages_of(tensors[at], self.inputs[at], step.reads[at]) for at in self.at_home)
         homes = ((at, output) for at, output in enumerate(self.outputs) if output.home is not None)
-        written = (_in_pages(outs[at], out.slice, (step.writes[at], step.length)) for at, out in homes)
+        written = (_pages_of(outs[at], out.slice, (step.writes[at], step.length)) for at, out in homes)
         return read + sum(written)
 
     def bytes_moved(self, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 
@@ -36,4 +37,10 @@ def give_back(tensor: torch.Tensor) -> None:
 
 def _give_back(address: int, size: int) -> None:
     if size > 0:  # refused where they are locked, and they stay then
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        _system().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+@cache
+def _system() -> ctypes.CDLL:
+    """The system's functions, found when they are first needed: loading them anew at each slice takes its time."""
+    return ctypes.CDLL(None)

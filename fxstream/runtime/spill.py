@@ -74,10 +74,8 @@ def empty_at_home(
 def send_home(tensor: torch.Tensor, folder: str) -> torch.Tensor:
     """A copy of a tensor and of all of its storage in a file. Raises ``OSError`` as ``empty_at_home`` does."""
     size = tensor.untyped_storage().nbytes()
-    memory, address, done = _free_memory(folder, size), tensor.untyped_storage().data_ptr(), 0
-    while done < size:  # not by way of the mapping, whose pages would be in memory, too
-        part = (ctypes.c_char * min(size - done, MOST_AT_ONCE)).from_address(address + done)
-        done += os.pwrite(memory.file.descriptor, part, done)
+    memory = _free_memory(folder, size)
+    _write(memory, 0, tensor.untyped_storage().data_ptr(), size)
     return _in(memory, tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()))
 
 
@@ -100,9 +98,19 @@ def write_home(window: torch.Tensor, part: torch.Tensor) -> bool:
     for index in product(*map(range, window.shape[:outer])):
         there = sum((at * step for at, step in zip(index, window.stride(), strict=False)), int(window.storage_offset()))
         here = sum(at * step for at, step in zip(index, part.stride(), strict=False))
-        found = (ctypes.c_char * size).from_address(part.data_ptr() + here * item)
-        os.pwrite(memory.file.descriptor, found, there * item)
+        _write(memory, there * item, part.data_ptr() + here * item, size)
     return True
+
+
+def _write(memory: _Memory, offset: int, address: int, size: int) -> None:
+    """Write bytes from an address to the file of mapped memory: by way of the mapping, its pages would be in memory.
+
+    The system may write less than it is asked to.
+    """
+    done = 0
+    while done < size:
+        part = (ctypes.c_char * min(size - done, MOST_AT_ONCE)).from_address(address + done)
+        done += os.pwrite(memory.file.descriptor, part, offset + done)
 
 
 @contextmanager

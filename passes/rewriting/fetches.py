@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fxstream.passes.graph.capture import rebuilt
 from fxstream.passes.graph.effects import memories
+from fxstream.passes.graph.liveness import loop_of
 from fxstream.passes.graph.propagate import evaluate, fake_mode_of, fake_tensor
 from fxstream.passes.planning.homes import Path, Stay, home_nodes
 from fxstream.runtime.fetch import fetch, fetched
@@ -83,8 +84,7 @@ class _Fetching:
         self.present[self.homes[stay.weight.storage]] = node
 
     def _loop(self, node: fx.Node, stays: Sequence[Stay]) -> SlicedLoop:
-        loop = self.source.get_submodule(str(node.target))
-        assert isinstance(loop, SlicedLoop)
+        loop = loop_of(self.source, node)
         path = (*self.path, node.name)
         return loop.with_bodies({name: insert_fetches(body, stays, path) for name, body in loop.graphs().items()})
 

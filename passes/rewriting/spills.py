@@ -8,7 +8,7 @@ is met.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fxstream.passes.graph.capture import module_path, rebuilt
 from fxstream.passes.graph.effects import has_effect, memories, written_by
-from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of, loop_of, touched
+from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of, loop_of, mapped_bytes, touched
 from fxstream.passes.planning.tree import Spill
 from fxstream.runtime.release import give_back
 from fxstream.runtime.spill import send_home
@@ -78,6 +78,10 @@ def _values(graph_module: fx.GraphModule, liveness: Liveness, folder: str) -> It
         for index in indices:
             lying[index].append(node)
     position = {node: index for index, node in enumerate(liveness.schedule)}
+    used: dict[int, list[int]] = defaultdict(list)
+    for node, at in position.items():
+        for key in dict(touched(node)):
+            used[key].append(at)
     for index, storage in enumerate(liveness.storages):
         returned = storage.death == len(liveness.schedule)
         if storage.bytes and not returned and _may_go(graph_module, storage.node, lying[index]):
@@ -87,9 +91,9 @@ def _values(graph_module: fx.GraphModule, liveness: Liveness, folder: str) -> It
                     if user.op == "call_module":
                         value.uses[user] |= {at for at, argument in enumerate(user.args) if argument is node}
             if storage.node.op == "call_module":
-                made = zip(loop_of(graph_module, storage.node).outputs, storage.node.meta["val"], strict=True)
-                value.outputs = {at for at, (out, each) in enumerate(made) if storage.key in memories(each)}
-            _measure(graph_module, value, position, folder)
+                made = enumerate(storage.node.meta["val"])
+                value.outputs = {at for at, each in made if storage.key in memories(each)}
+            _measure(graph_module, value, position, used[storage.key], folder)
             yield value
 
 
@@ -103,19 +107,19 @@ def _may_go(graph_module: fx.GraphModule, maker: fx.Node, lying: list[fx.Node]) 
     return bytes_of(value) == value.untyped_storage().nbytes() and not any(map(written_by, lying))
 
 
-def _measure(graph_module: fx.GraphModule, value: _Value, position: dict[fx.Node, int], folder: str) -> None:
-    """Tell how much of a value is in memory at each of its uses."""
+def _measure(
+    graph_module: fx.GraphModule, value: _Value, position: dict[fx.Node, int], used: Iterable[int], folder: str
+) -> None:
+    """Tell how much of a value is in memory where loops use it, and where operators do, which are at ``used``."""
     for node in {value.node, *value.uses}:
         if node.op == "call_module":
             outputs = value.outputs if node is value.node else ()
             loop = loop_of(graph_module, node).with_homes(value.uses[node], outputs, folder)
-            tensors, outs = [each.meta["val"] for each in node.args], node.meta["val"]
-            value.mapped[position[node]] = max(loop.bytes_mapped(step, tensors, outs) for step in loop.steps)
-            value.moved += loop.bytes_moved(tensors, outs)
-    for node in position:
-        if value.key in dict(touched(node)):
-            value.mapped[position[node]] = value.bytes
-            value.moved += value.bytes
+            value.mapped[position[node]] = mapped_bytes(node, loop)
+            value.moved += loop.bytes_moved([each.meta["val"] for each in node.args], node.meta["val"])
+    for at in used:
+        value.mapped[at] = value.bytes
+        value.moved += value.bytes
 
 
 def _rewritten(graph_module: fx.GraphModule, chosen: list[_Value], folder: str) -> fx.GraphModule:

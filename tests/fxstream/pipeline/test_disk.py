@@ -182,7 +182,7 @@ class TestWeights:
         assert pipeline.codec.rise.bias is modules_of(pipeline)["denoiser"].up.bias
         assert all(at_home(pipeline))
 
-    def test_those_elsewhere_are_refused(self, pipeline):
+    def test_those_without_memory_are_planned(self, pipeline):
         fxstream.optimize(pipeline, "min", offload="disk")
         modules_of(pipeline)["denoiser"].to("meta")
         assert fxstream.plan(pipeline, offload="disk", height=16).stages

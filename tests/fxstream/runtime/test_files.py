@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fxstream.runtime import spill as spilling
 from fxstream.runtime.fetch import fetch, fetched
 from fxstream.runtime.files import locate, region_of
 from fxstream.runtime.release import give_back
@@ -124,6 +125,7 @@ def test_a_forked_process_reads_by_itself():
     """The reader's thread is not there after a fork."""
     code = """
 import os, torch
+from fxstream.runtime import spill as spilling
 from fxstream.runtime.fetch import fetch, fetched
 x = torch.ones(4)
 fetched(fetch(x))
@@ -168,6 +170,13 @@ class TestMadeAtHome:
         assert write_home(made.narrow(dim, 1, length), part)
         assert torch.equal(made.narrow(dim, 1, length), part)
         assert made.count_nonzero() == part.count_nonzero()
+
+    def test_what_the_system_does_not_write_at_once_is_written_on(self, monkeypatch):
+        monkeypatch.setattr(spilling, "MOST_AT_ONCE", 1000)
+        made, part = empty_at_home((4, 4096), (4096, 1), torch.float32), torch.randn(2, 4096)
+        assert write_home(made[1:3], part)
+        assert torch.equal(made[1:3], part)
+        assert torch.equal(send_home(part, ""), part)
 
     def test_a_window_of_stretches_shorter_than_a_page_is_not(self):
         made = empty_at_home((64, 2048), (2048, 1), torch.float32)
