@@ -9,7 +9,7 @@ LINT := fxstream passes tools tests
 
 .PHONY: venv browser test test-isa fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile
 .PHONY: bench-check bench-rehash bench-offload
-.PHONY: table table-compile table-pipeline table-offload comparison pictures docs clean
+.PHONY: table table-compile table-pipeline table-offload table-quantized comparison pictures docs clean
 
 venv: $(STAMP)
 
@@ -108,6 +108,10 @@ table-pipeline: venv
 # Budgets below the weights. MODELS="svd-unet svd" for some of them.
 table-offload: venv
 	$(BIN)/python -m fxstream.tools.offload_table $(MODELS)
+
+# Models with quantized weights, by each of the libraries; some minutes.
+table-quantized: venv
+	$(BIN)/python -m fxstream.tools.quantized
 
 # The manual's pictures, of the plan as it is made now.
 pictures: browser

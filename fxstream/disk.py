@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxstream.passes.graph.call import ROOT
+from fxstream.passes.graph.subclasses import weights_of
 from fxstream.runtime.files import OpenFile, locate, region_of
 from fxstream.runtime.release import release
 from fxstream.runtime.spill import files_reused, spill
@@ -175,10 +176,10 @@ def kept_weights(graph_module: fx.GraphModule) -> set[str]:
 
 
 def _tensors(models: Iterable[nn.Module]) -> list[torch.Tensor]:
-    """The parameters and buffers of models, each once."""
+    """The tensors of models' parameters and buffers, each once."""
     found: dict[int, torch.Tensor] = {}
     for model in models:
-        found |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        found |= {id(tensor): tensor for tensor in weights_of(model)}
     return list(found.values())
 
 

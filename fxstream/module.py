@@ -12,8 +12,9 @@ from torch import nn
 
 from fxstream.compile.regions import Region
 from fxstream.errors import GradientError
-from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.call import Captured, Inputs
 from fxstream.passes.graph.capture import owner, roots_of_call
+from fxstream.passes.graph.numbers import LEAF, Guard, answers, owners_of
 from fxstream.passes.graph.parts import TARGET
 from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.snapshot import Snapshot, environment
@@ -93,6 +94,8 @@ class StreamedModule(nn.Module):
         self._asked: frozenset[Place] = frozenset()
         self._outside: dict[Any, frozenset[Place]] = {}
         self._unread: dict[Any, frozenset[Place]] = {}
+        self._taken: dict[Any, tuple[Mapping[Place, frozenset[Guard]], frozenset[Place]]] = {}
+        self._owners: dict[Any, tuple[Snapshot, list[tuple[Any, Any]]]] = {}
         self._states: dict[Any, int] = {}
         self._alike: dict[Any, tuple[int, int]] = {}
         self._see()
@@ -142,13 +145,12 @@ class StreamedModule(nn.Module):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
-        made = [compiled.plan for compiled in list(self._compiled.values())]
-        return (*made, *(self._region.plans if self._region else ()))
+        made = {id(compiled.plan): compiled.plan for compiled in list(self._compiled.values())}
+        return (*made.values(), *(self._region.plans if self._region else ()))
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Capture and plan the call with these inputs, unless it was; runs nothing."""
-        inputs = Inputs.of(args, kwargs)
-        return self._compiled_for((inputs.key(), environment()), inputs, args, kwargs).plan
+        return self._compiled_for(Inputs.of(args, kwargs), args, kwargs).plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on these inputs.
@@ -171,13 +173,15 @@ class StreamedModule(nn.Module):
 
     def _streamed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         inputs = Inputs.of(args, kwargs)
-        call = inputs.key(), environment()
-        compiled = self._compiled_for(call, inputs, args, kwargs, inference=not torch.is_grad_enabled())
+        compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
         captured = compiled.captured
         captured.refuse_aliases(inputs.tensors)
         roots = roots_of_call(self.__dict__[TARGET], args, kwargs) if captured.state else {}
-        with torch.no_grad(), without_autocast(), generators_given(inputs.generators):
-            found = self._run(compiled, (*inputs.tensors, *captured.state.read(roots)))
+        with torch.no_grad(), without_autocast(), _plain_weights(), generators_given(inputs.generators):
+            found = self._run(
+                compiled, (*inputs.tensors, *captured.state.read(roots), *self._numbers(captured, inputs))
+            )
+            call = self._call(inputs) if captured.state.again else None
             before = self._state(call) if captured.state.again else (0, 0)
             captured.changes(roots, found)
             if captured.state.again:  # what the call leaves needs no plan of its own
@@ -188,36 +192,70 @@ class StreamedModule(nn.Module):
         """The tensor leaves of the result, and what follows them."""
         return compiled.run(*tensors)
 
+    def _call(self, inputs: Inputs) -> Any:
+        """What tells this kind of call apart, the state of the model aside."""
+        told = {}
+        if inputs.floats:
+            taken, _ = self._taken.get(inputs.key(dict.fromkeys(inputs.floats)), ({}, frozenset()))
+            told = {place[1][1]: answers(inputs.rest[place[1][1]], guards) for place, guards in taken.items()}
+        return inputs.key(told), environment()
+
     def _compiled_for(
-        self, call: Any, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True
+        self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], inference: bool = True
     ) -> Compiled:
-        kind = (*call, self._state(call))
         if not inference:
             self._refuse_gradients(inputs)
-        read = self._read.get(kind, frozenset())
-        key = (*kind, inputs.values(read))
-        compiled = self._compiled.get(key)
-        if compiled is None or not self._fits(compiled, inputs.tensors):
+        compiled = self._known(inputs)
+        if compiled is None:
             with turn():
-                return self._planned(call, inputs, args, kwargs)
+                return self._planned(inputs, args, kwargs)
         return compiled
 
-    def _planned(self, call: Any, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
-        """The plan of a call, by the thread whose turn it is: maybe another has made it meanwhile."""
+    def _known(self, inputs: Inputs) -> Compiled | None:
+        """The plan of a call, if there is one that fits."""
+        call = self._call(inputs)
         kind = (*call, self._state(call))
-        read = self._read.get(kind, frozenset())
-        key = (*kind, inputs.values(read))
-        compiled = self._compiled.get(key)
-        if compiled is None or not self._fits(compiled, inputs.tensors):
+        compiled = self._compiled.get((*kind, inputs.values(self._read.get(kind, frozenset()))))
+        return compiled if compiled is not None and self._fits(compiled, inputs.tensors) else None
+
+    def _planned(self, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
+        """The plan of a call, by the thread whose turn it is: maybe another has made it meanwhile."""
+        compiled = self._known(inputs)
+        if compiled is None:
+            before = self._call(inputs)
+            read = self._read.get((*before, self._state(before)), frozenset())
             compiled = self._compiler(args, kwargs, self._live)
+            self._take(inputs.key(dict.fromkeys(inputs.floats)), compiled.captured.state, leaves=True)
+            call = self._call(inputs)
+            self._take(call, compiled.captured.state, leaves=False)
             self._remember(call, compiled.captured.state)
             kind = (*call, self._state(call))
-            self._read[kind] = read.union(compiled.captured.read)
+            self._read[kind] = read.union(self._read.get(kind, ()), compiled.captured.read)
             key = (*kind, inputs.values(self._read[kind]))
             if key not in self._compiled:
                 self._warn_of_numbers(key)
             self._compiled[key] = compiled
         return compiled
+
+    def _take(self, call: Any, state: State, leaves: bool) -> None:
+        """Note which numbers are values of the graphs of a kind of call, so that others of them are the same to it."""
+        known, never = self._taken.get(call, ({}, frozenset()))
+        here = {place: guards for place, guards in state.taken.items() if (place[0][1] == LEAF) == leaves}
+        told = never.union(place for place in state.told if (place[0][1] == LEAF) == leaves)
+        places = {*known, *here} - told
+        taken = {place: known.get(place, frozenset()) | here.get(place, frozenset()) for place in places}
+        self._taken[call] = taken, told
+
+    def _numbers(self, captured: Captured, inputs: Inputs) -> list[torch.Tensor]:
+        """The numbers that a graph takes as values, as they are now."""
+        if not captured.state.numbers:
+            return []
+        owners = self._owners.get(captured.state.numbers)
+        if owners is None or owners[0] is not self._snapshot:
+            found = owners_of(captured.state.numbers, self._snapshot.roots)
+            owners = self._owners[captured.state.numbers] = self._snapshot, found
+        values = [inputs.rest[at] if held is None else held[at] for held, at in owners[1]]
+        return [torch.tensor(values, dtype=torch.float64)]
 
     def _remember(self, call: Any, state: State) -> None:
         """Tell states of the model apart by what the graphs so far have shown of it."""
@@ -241,9 +279,12 @@ class StreamedModule(nn.Module):
         """The numbers of the model's present state, as far as this kind of call reads it, and of what is outside."""
         if not self._snapshot.holds():
             self._see()
-        hidden, outside = self._unread.get(call, frozenset()), self._outside.get(call, frozenset())
+        unread, outside = self._unread.get(call, frozenset()), self._outside.get(call, frozenset())
+        taken, _ = self._taken.get(call, ({}, frozenset()))
+        hidden = unread, frozenset(taken.items())
         if hidden not in self._present:
-            self._present[hidden] = self._number(self._snapshot.key(hidden, self._live))
+            told = [answers(value_at(place, self._snapshot.roots), guards) for place, guards in taken.items()]
+            self._present[hidden] = self._number((self._snapshot.key(unread | taken.keys(), self._live), *told))
         if not outside:
             return self._present[hidden], 0
         values = {place: value_at(place, self._snapshot.roots) for place in sorted(outside, key=repr)}
@@ -253,7 +294,7 @@ class StreamedModule(nn.Module):
     def _see(self) -> None:
         """Look at the model as it is now."""
         self._snapshot = Snapshot(roots_of_call(self.__dict__[TARGET], (), {}), asked=self._asked)
-        self._present: dict[frozenset[Place], int] = {}
+        self._present: dict[Any, int] = {}
 
     def _number(self, state: Any) -> int:
         return self._states.setdefault(state, len(self._states))
@@ -298,6 +339,11 @@ class StreamedModule(nn.Module):
             f"a streamed {type(self.__dict__['_original']).__name__} can't be copied or pickled: its plans belong to "
             "the model that it was made of. Keep the model, and optimize the copy"
         )
+
+
+def _plain_weights() -> Any:
+    """In a graph a weight of a class of its own is memory: what it makes of functions of torch is traced already."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def _forwarded(name: str) -> Callable[..., Any]:

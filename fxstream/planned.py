@@ -20,6 +20,7 @@ from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.places import Place
+from fxstream.passes.graph.settle import same_call
 from fxstream.passes.graph.turns import turn
 from fxstream.passes.offload import offload
 from fxstream.passes.stream import stream
@@ -52,15 +53,22 @@ def compile_call(
     backend: str | None = None,
     live: Collection[Place] = (),
     disk: Disk | None = None,
+    known: Sequence[Compiled] = (),
 ) -> Compiled:
     """Capture, plan and rewrite one call; compile it by ``backend`` if there is one.
 
     Tensors at ``live`` places in the model are inputs of the graph. With ``disk`` its weights may live there, and
-    activations that nothing else makes fit.
+    activations that nothing else makes fit. Where the graph is that of a ``known`` call, its plan serves.
     """
     refuse_caches(model)
     began = time.perf_counter()
-    planned = plan_captured(capture(model, args, kwargs, live), budget, began, allow_recompute, resident, disk)
+    captured = capture(model, args, kwargs, live, lifting=True)
+    with internal_errors("normalizing", captured.graph_module):
+        normalize(captured.graph_module)
+    for each in known:
+        if each.resident == resident and same_call(each.captured.graph_module, captured.graph_module):
+            return replace(each, captured=captured)
+    planned = plan_captured(captured, budget, began, allow_recompute, resident, disk)
     return replace(planned, run=compiled_by(backend, planned.graph_module))
 
 
@@ -73,9 +81,8 @@ def plan_captured(
     resident: Resident | None = None,
     disk: Disk | None = None,
 ) -> Compiled:
-    """Plan and rewrite a captured call; ``began`` is when its capture did, by ``time.perf_counter``."""
-    with internal_errors("normalizing", captured.graph_module):
-        graph_module = normalize(captured.graph_module)
+    """Plan and rewrite a captured and normalized call; ``began`` is when its capture did, by ``time.perf_counter``."""
+    graph_module = captured.graph_module
     seconds = time.perf_counter() - began
     if disk is not None:
         fitted, made = fit_with_weights(graph_module, budget, disk, seconds, allow_recompute, resident)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxstream.passes.graph.capture import owner
+from fxstream.passes.graph.subclasses import weights_of
 
 CODEC = ("encode", "decode")
 """Methods of a VAE that a pipeline calls instead of the module itself."""
@@ -31,12 +32,6 @@ def streamed_methods(module: nn.Module) -> tuple[str, ...]:
 
 def stage_name(component: str, method: str) -> str:
     return component if method == "forward" else f"{component}.{method}"
-
-
-def weights_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers of a module."""
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def weight_bytes(

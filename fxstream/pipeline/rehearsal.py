@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fxstream.budget import Resident
 from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import Inputs
+from fxstream.passes.graph.casts import casts_traced
 from fxstream.passes.graph.liveness import storages_of
 from fxstream.passes.graph.structure import flatten, unflatten
-from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes, weights_of
+from fxstream.passes.graph.subclasses import dressing, fake_like, weights_of
+from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes
 from fxstream.pipeline.offload import Device, offloaded
 from fxstream.pipeline.switches import turn_off
 
@@ -193,10 +195,10 @@ class Rehearsal:
         module, original = self.modules[name], self.originals[name]
         try:
             args, kwargs = inputs.call(self._fake(inputs.tensors, module))
-            with self.mode, torch.no_grad():
+            with self.mode, torch.no_grad(), dressing(), casts_traced():
                 return flatten(function(*args, **kwargs))
         except Exception:
-            weights = list(weights_of(original))
+            weights = weights_of(original)
             if streamed_methods(original) or any(isinstance(x, FakeTensor) or x.is_meta for x in weights):
                 raise
             # What reads values, as a filter of pictures does, is asked itself; it is no stage, and runs once.
@@ -219,11 +221,8 @@ def fake_copies(modules: Mapping[str, nn.Module], mode: FakeTensorMode) -> dict[
     """
     memo: dict[int, Any] = {}
     for module in modules.values():
-        with mode:
-            for weight in weights_of(module):
-                fake = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
-                parameter = isinstance(weight, nn.Parameter)
-                memo[id(weight)] = nn.Parameter(fake, requires_grad=False) if parameter else fake
+        for weight in (*module.parameters(), *module.buffers()):
+            memo[id(weight)] = fake_like(weight, mode)
         for sub in module.modules():
             if "_hf_hook" in vars(sub):
                 memo |= {id(vars(sub)[name]): None for name in _HOOKED if name in vars(sub)}
@@ -274,7 +273,7 @@ def _replace(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) 
 def _cast(module: nn.Module, dtypes: Sequence[torch.dtype]) -> None:
     """Give fake weights these dtypes, listed as ``_slots`` lists them."""
     wanted = {id(table[name]): dtype for (table, name), dtype in zip(_slots(module), dtypes, strict=True)}
-    _replace(module, lambda weight: weight.to(wanted[id(weight)]))
+    _replace(module, lambda x: x if x.dtype == wanted[id(x)] else x.to(wanted[id(x)]))
 
 
 def _zeros(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -102,7 +102,7 @@ class Stage:
             except CaptureError:
                 if streamed_methods(module):
                     raise
-                weights = list(weights_of(module))
+                weights = weights_of(module)
                 self._whole = Calls(weights, weights)  # from now on it runs as it is
         assert self._store is not None
         self._store.begin(self._whole)
@@ -115,7 +115,7 @@ class Stage:
         pipeline = self._pipeline()
         mine = owner(self.streamed)[0]
         modules = modules_of(pipeline) if pipeline is not None else {self.component: mine}
-        device = tensors[0].device if tensors else next(weights_of(mine)).device
+        device = tensors[0].device if tensors else weights_of(mine)[0].device
         if self._store is not None:
             weights = kept_bytes(self._store, modules, self.component)
         else:

@@ -74,14 +74,24 @@ class Inputs:
         others = iter(generators)
         return replace(self, rest=tuple(next(others) if isinstance(x, Generator) else x for x in self.rest))
 
-    def key(self) -> Any:
+    @property
+    def floats(self) -> list[int]:
+        """The positions of the leaves that are floats."""
+        return [at for at, leaf in enumerate(self.rest) if type(leaf) is float]
+
+    def key(self, taken: Mapping[int, Any] | None = None) -> Any:
         """A value that is equal for calls that one plan serves.
+
+        Of the floats at the positions ``taken`` what is given there has a part in it, and not the value.
 
         Raises ``ValueError`` for an argument that can't be compared.
         """
         tensors = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.tensors)
+        taken = taken or {}
         try:
-            rest = tuple((type(leaf), self._told(leaf)) for leaf in self.rest)
+            rest = tuple(
+                (type(leaf), taken[at] if at in taken else self._told(leaf)) for at, leaf in enumerate(self.rest)
+            )
         except TypeError as error:
             raise ValueError(
                 f"arguments of type {error} can't be told apart between calls: pass tensors, numbers, strings, "
@@ -137,5 +147,5 @@ class Captured:
 
     def changes(self, roots: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> None:
         """Set in the model, and in the caller's containers, what the call sets there."""
-        if self.state.effects:
+        if self.state.effects or self.state.counted:
             self.state.write(roots, tensors[sum(leaf is TENSOR for leaf in self.rest) :])

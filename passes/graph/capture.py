@@ -17,7 +17,8 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import get_ident
 from types import FrameType, TracebackType
@@ -36,19 +37,22 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import ROOT, Captured, Inputs, input_name
+from fxstream.passes.graph.casts import casts_traced
 from fxstream.passes.graph.collector import collector_paused
-from fxstream.passes.graph.composites import open_composites, write_in_place
+from fxstream.passes.graph.composites import open_composites, open_libraries, write_in_place
 from fxstream.passes.graph.effects import memories, written_by
 from fxstream.passes.graph.generators import DrawError, Generators, States, kept_generators, moves_watched
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
+from fxstream.passes.graph.numbers import LEAF, Number, Numbers, leaf_places, number_places, told
 from fxstream.passes.graph.parts import TARGET
-from fxstream.passes.graph.places import Place, value_at
+from fxstream.passes.graph.places import Place, put, value_at
 from fxstream.passes.graph.propagate import propagate_layouts
 from fxstream.passes.graph.settle import settled
 from fxstream.passes.graph.snapshot import Snapshot, global_hooks, roots_of
 from fxstream.passes.graph.state import Assumed, Effect, State, assume, taken_apart
 from fxstream.passes.graph.structure import TENSOR
+from fxstream.passes.graph.subclasses import Dress, detach_wrapped, dressed, dresses, plain_tensors, weights_of
 from fxstream.passes.graph.turns import tracing_apart, turn
 from fxstream.passes.graph.twin import Twin
 from fxstream.passes.graph.watching import forward_runs
@@ -69,7 +73,8 @@ def roots_of_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
 class _Flat(nn.Module):
     """The user's callable over flat tensors, as ``torch.export`` wants it.
 
-    The last of the tensors are put where they were ``assumed`` to be, before the call.
+    Those of the tensors that follow its own are put where they were ``assumed`` to be, before the call, and so are
+    stand-ins for the ``numbers`` whose values there is a last tensor of.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class _Flat(nn.Module):
         generators: Generators,
         assumed: Sequence[Assumed],
         constants: Sequence[Place],
+        dresses: Sequence[Dress],
+        numbers: Numbers,
         record: Callable[[Any], None],
     ) -> None:
         super().__init__()
@@ -91,30 +98,55 @@ class _Flat(nn.Module):
         self.generators = generators
         self.assumed = assumed
         self.constants = constants
+        self.dresses = dresses
+        self.numbers = numbers
         self.record = record
         self.training = module.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.inputs.call(tensors)
+        with dressed(self.dresses):
+            return self._forward(*tensors)
+
+    def _forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        numbers = self.numbers.stand_ins(tensors[-1]) if self.numbers.places else {}
+        rest = self.inputs.rest
+        leaves = [numbers.get(place, leaf) for place, leaf in zip(leaf_places(rest), rest, strict=True)]
+        args, kwargs = replace(self.inputs, rest=tuple(leaves)).call(tensors)
         function = self.target[0]
         roots = roots_of_call(function, args, kwargs)
+        held = {place: number for place, number in numbers.items() if place[0][1] != LEAF}
         before = Snapshot(roots, code=True)
         try:
+            for place, number in held.items():
+                put(place, roots, number)
             if self.assumed:
                 assume(self.assumed, roots, tensors[self.inputs.count :])
-                assumed = Snapshot(roots, code=True)
+            assumed = Snapshot(roots, code=True) if self.assumed or held else before
             self.known.follow([*tensors[: self.inputs.count], *(value_at(place, roots) for place in self.constants)])
-            with self.generators, self.known, _assigned_buffers_written(function, before.weights), forward_runs():
+            written = _assigned_buffers_written(function, before.weights)
+            with self.generators, self.known, written, casts_traced(), forward_runs():
                 result = function(*args, **kwargs)
-            changes = (assumed if self.assumed else before).changes(Snapshot(roots, code=True))
+            counted = self._counted(held, roots)
+            changes = assumed.changes(Snapshot(roots, code=True))
             found, rest, spec = taken_apart(result, "what forward returns", before)
             effects = [Effect.of(change, before) for change in changes]
         except Exception as error:
             raise _ForwardError from error
         finally:
             before.rewind()
-        self.record((rest, spec, effects))
-        return found + tuple(tensor for effect in effects for tensor in effect.value.tensors)
+        self.record((tuple(map(told, rest)), spec, effects, [*counted]))
+        set_ = tuple(tensor for effect in effects for tensor in effect.value.tensors)
+        return found + set_ + tuple(number.in_graph() for number in counted.values())
+
+    def _counted(self, held: Mapping[Place, Number], roots: Mapping[str, Any]) -> dict[Place, Number]:
+        """The numbers that a forward has set where there were numbers; the old ones are put there again."""
+        found = {}
+        for place, number in held.items():
+            now = value_at(place, roots)
+            if type(now) is Number and now is not number:
+                found[place] = now
+                put(place, roots, number)
+        return found
 
 
 class _ForwardError(Exception):
@@ -167,8 +199,11 @@ def capture(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     live: Collection[Place] = (),
+    lifting: bool = False,
 ) -> Captured:
     """Capture one call of ``target`` by ``torch.export``; nothing is computed.
+
+    With ``lifting`` floats of the call and of the model's containers are values of the graph where they can be.
 
     Raises ``CaptureError`` with the user's module path and source line where the model can't be captured, and
     ``ValueError`` where the model refuses the inputs' number or names.
@@ -176,23 +211,31 @@ def capture(
     keywords = dict(kwargs or {})
     bind(target, args, keywords)
     roots = roots_of_call(target, args, keywords)
-    return settled(lambda assumed: _undisturbed(target, args, keywords, assumed), roots, live)
+    places = [*_floats(Inputs.of(args, keywords)), *number_places(Snapshot(roots, code=True))] if lifting else []
+    if places:
+        with suppress(CaptureError):  # what it is refused for may be what stands in for a number
+            return settled(lambda assumed: _undisturbed(target, args, keywords, assumed, places), roots, live)
+    return settled(lambda assumed: _undisturbed(target, args, keywords, assumed, ()), roots, live)
 
 
 def _undisturbed(
-    target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], assumed: Sequence[Assumed]
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    assumed: Sequence[Assumed],
+    places: Sequence[Place],
 ) -> Captured:
     """One capture of a call, in which no generator moves that is not torch's."""
     module, _ = owner(target)
     kept = kept_generators(module)
     states = States(kept)
     try:
-        captured = _trace(target, args, kwargs, assumed, kept)
+        captured = _trace(target, args, kwargs, assumed, kept, places)
         if not states.moved():  # by the forward, or by another thread meanwhile
             return captured
         states.rewind()
         with moves_watched(states, _is_users) as found:
-            captured = _trace(target, args, kwargs, assumed, kept)
+            captured = _trace(target, args, kwargs, assumed, kept, places)
         if not states.moved():
             return captured
         raise _draw_error(module, states.moved()[0], found)
@@ -207,20 +250,33 @@ def _trace(
     kwargs: Mapping[str, Any],
     assumed: Sequence[Assumed],
     kept: Sequence[Any],
+    places: Sequence[Place],
 ) -> Captured:
-    """One capture of a call, from a state in which what is assumed holds; ``kept`` may be drawn from."""
+    """One capture of a call, from a state in which what is assumed holds; ``kept`` may be drawn from.
+
+    The floats at ``places`` are values.
+    """
     module, function = owner(target)
-    twin = Twin(module)
+    roots = roots_of_call(target, args, kwargs)
+    places = [place for place in places if not _is_assumed([place], assumed)]
+    held = [place for place in places if place[0][1] != LEAF]
+    twin = Twin(module, apart={id(value_at(place[:-1], roots)) for place in held})
+    detach_wrapped(twin.module)
     traced = twin.of(function)
     inputs = Inputs.of(args, kwargs)
-    results: list[tuple[tuple[Any, ...], pytree.TreeSpec, list[Effect]]] = []
-    before = Snapshot(roots_of_call(target, args, kwargs), code=True)
+    numbers = Numbers(
+        places, [inputs.rest[place[1][1]] if place[0][1] == LEAF else value_at(place, roots) for place in places]
+    )
+    results: list[tuple[tuple[Any, ...], pytree.TreeSpec, list[Effect], list[Place]]] = []
+    before = Snapshot(roots, code=True)
     constants = {places[0]: tensor for tensor, places in before.constants().items() if not _is_assumed(places, assumed)}
     known = KnownValues(inputs.tensors, list(constants.values()))
     generators = Generators(inputs.generators, kept)
     drawing = inputs.drawing_from(generators.traced)
-    flat = _Flat(traced, drawing, known, generators, assumed, [*constants], results.append)
+    worn = dresses(twin.module, twin.of)
+    flat = _Flat(traced, drawing, known, generators, assumed, [*constants], worn, numbers, results.append)
     given = (*inputs.tensors, *_apart(inputs.tensors, [tensor for each in assumed for tensor in each.inputs]))
+    given += (numbers.vector(),) if places else ()
     try:
         with (
             torch.no_grad(),
@@ -235,6 +291,7 @@ def _trace(
             with inductor.patch(fallback_random=True):  # draws that nothing reads are kept
                 exported = exported.run_decompositions({})
             write_in_place(exported.graph_module)
+            open_libraries(exported.graph_module)
     except _ForwardError as error:
         raise _capture_error(twin.module, error.__cause__ or error) from error.__cause__
     except Exception as error:
@@ -245,15 +302,33 @@ def _trace(
     with internal_errors("capture", exported.graph_module):
         graph_module = _graph_module(exported, module, generators)
         propagate_layouts(graph_module)
-    rest, spec, effects = results[-1]
+    rest, spec, effects, counted = results[-1]
     values = [node.meta["val"] for node in graph_module.graph.output_node().args[0]]
     numbered = enumerate(constants.items(), start=inputs.count)
     asked = tuple(place for index, (place, tensor) in numbered if index in known.read or _is_number(tensor))
     state = State.of(assumed, effects, values[sum(leaf is TENSOR for leaf in rest) :], asked)
+    if places:
+        values_of = () if _drop_unread(graph_module.graph) else tuple(places)
+        taken, never = numbers.taken(), frozenset(numbers.told)
+        state = replace(state, numbers=values_of, taken=taken, told=never, counted=tuple(counted))
     read = tuple(sorted(index for index in known.read if index < inputs.count))
     captured = Captured(graph_module, inputs.without_tensors(), rest, spec, read, state, _written(graph_module.graph))
     captured.refuse_aliases(inputs.tensors)
     return captured
+
+
+def _floats(inputs: Inputs) -> list[Place]:
+    return [place for place, leaf in zip(leaf_places(inputs.rest), inputs.rest, strict=True) if type(leaf) is float]
+
+
+def _drop_unread(graph: fx.Graph) -> bool:
+    """Take the last input away, if nothing reads it."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    unread = not last.users
+    if unread:
+        graph.erase_node(last)
+        graph.owning_module.recompile()
+    return unread
 
 
 def _written(graph: fx.Graph) -> tuple[str, ...]:
@@ -355,7 +430,7 @@ def _quiet() -> Iterator[None]:
 
 def _as_fake(tensors: Sequence[torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, ...]:
     """Inputs in the fake mode of the module's weights, where it has one."""
-    weights = [*module.parameters(), *module.buffers(), *tensors]
+    weights = [*weights_of(module), *tensors]
     mode = next((weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)), None)
     if mode is not None and mode.shape_env is not None:  # that of a capture before this one
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -387,6 +462,7 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, gen
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     root = nn.Module()
+    root.add_module(ROOT, module)
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     source = exported.graph_module.graph
     for node in source.nodes:
@@ -407,7 +483,7 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, gen
             root.register_buffer(target, exported.constants[str(spec.target)], persistent=False)
         elif spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
             raise CaptureError(f"the captured graph has an input of kind {spec.kind.name}, which fxstream can't run")
-        env[node] = graph.create_node("get_attr", target, name=node.name)
+        env[node] = graph.create_node("get_attr", _held_by(root, target), name=node.name)
         env[node].meta = dict(node.meta)
     inputs = {node.name: node for node in source.nodes if node.op == "placeholder"}
     results = []
@@ -422,10 +498,23 @@ def _graph_module(exported: torch.export.ExportedProgram, module: nn.Module, gen
         write.meta = {**env[value].meta, "val": changed.meta["val"]}
         writes[env[value]] = write
     graph.output(tuple(results))
-    root.add_module(ROOT, module)
     captured = fx.GraphModule(root, graph, class_name="Captured")
     share_weights(captured, module)
     return captured
+
+
+def _held_by(root: nn.Module, target: str) -> str:
+    """Where a model has what ``torch.export`` calls an original of a parametrized weight.
+
+    For a weight that holds others torch has a parametrization of its own, of what it holds, in order.
+    """
+    path, marked, original = target.partition(".parametrizations.")
+    name, _, number = original.rpartition(".original")
+    module = operator.attrgetter(path)(root) if marked else root
+    if not marked or hasattr(module, "parametrizations"):
+        return target
+    held = list(plain_tensors(getattr(module, name)))
+    return f"{path}.{name}{held[int(number)][0]}"
 
 
 def seen_through(result: fx.Node, others: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -502,6 +591,9 @@ def _check_static(exported: torch.export.ExportedProgram, module: nn.Module) -> 
                 continue  # arithmetic on a symbolic size: what made the size is named instead
             what = f"{node.target} has graphs of its own"
             advice = f"Replace {node.target} there by operators on tensors, such as torch.where."
+        elif node.target is torch.ops.aten.dequantize.self and not node.args[0].meta["val"].is_quantized:
+            what = "dequantize is called on a tensor that is not quantized"
+            advice = "While a model is traced, type(x) is torch.Tensor does not hold: ask isinstance there."
         elif _is_symbolic(node.meta.get("val")):
             what = f"the result of {node.target} has a value or a shape that depends on tensors' values"
             advice = _VALUES

@@ -47,6 +47,21 @@ def _has_to(node: fx.Node, target: OpOverload, changed: set[int]) -> bool:
     return any(not shared.isdisjoint(memories(read.meta.get("val"))) for read in node.all_input_nodes)
 
 
+def open_libraries(graph_module: fx.GraphModule) -> None:
+    """Replace composite operators of other libraries than torch by what they are made of, in place.
+
+    ``torch.export`` keeps them. One that writes to what it makes stays whole.
+    """
+    for node in list(graph_module.graph.nodes):
+        if isinstance(node.target, OpOverload) and node.target.namespace != "aten" and node.target._can_decompose():
+            inline(node, node.target, unless=_writes)
+    graph_module.recompile()
+
+
+def _writes(graph: fx.Graph) -> bool:
+    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
+
+
 def write_in_place(graph_module: fx.GraphModule) -> None:
     """Replace what of a functional graph has to write after all, in place: custom operators, and some draws."""
     for node in list(graph_module.graph.nodes):
@@ -95,8 +110,8 @@ def _draw_into(node: fx.Node, target: OpOverload, value: torch.Tensor) -> None:
     node.target, node.args = target, (made, *node.args[1:])
 
 
-def inline(node: fx.Node, function: Callable[..., Any]) -> None:
-    """Replace a call by the operators that a function makes of it."""
+def inline(node: fx.Node, function: Callable[..., Any], unless: Callable[[fx.Graph], bool] | None = None) -> None:
+    """Replace a call by the operators that a function makes of it, ``unless`` those are to be left alone."""
     graph, reads = node.graph, node.all_input_nodes
 
     def flat(*values: Any) -> Any:
@@ -106,6 +121,8 @@ def inline(node: fx.Node, function: Callable[..., Any]) -> None:
 
     with torch.no_grad(), fake_mode_of(graph):
         traced = make_fx(flat)(*(read.meta["val"] for read in reads)).graph
+    if unless is not None and unless(traced):
+        return
     env: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), reads, strict=True))
     with graph.inserting_before(node):
         for made in traced.nodes:

@@ -54,6 +54,10 @@ CACHED: Any = type(functools.cache(lambda: None))
 _WRAPPERS = (staticmethod, classmethod, property, functools.cached_property)
 
 
+UNDRESSED = "_undressed_names"
+"""Name under which a fake tensor that is dressed as another class has those of its own attributes."""
+
+
 class _Absent:
     def __repr__(self) -> str:
         return "nothing"
@@ -79,8 +83,10 @@ _IMMUTABLE, _HEAP = 1 << 8, 1 << 9  # of a type's flags
 def parts_of(value: Any, code: bool) -> dict[Step, Any] | None:
     """The parts of a value that has some, by the steps to them; None for one that is known by itself alone."""
     kind = type(value)
-    if kind in ATOMS or isinstance(value, (torch.Tensor, enum.Enum)):
+    if kind in ATOMS or isinstance(value, enum.Enum):
         return None
+    if isinstance(value, torch.Tensor):
+        return _tensor_parts(value)
     if isinstance(value, nn.Module):
         if TARGET in vars(value):
             return {("attribute", "_original"): vars(value)["_original"]}
@@ -132,6 +138,15 @@ def _object_parts(value: Any) -> dict[Step, Any] | None:
         parts.update((("attribute", name), getattr(value, name)) for name in slots(kind) if hasattr(value, name))
         parts.update(_classes(kind))
     return parts
+
+
+def _tensor_parts(value: torch.Tensor) -> dict[Step, Any] | None:
+    """The attributes of a tensor of a class that is neither torch's nor a dress over nothing."""
+    if not is_plain(type(value)):
+        return None
+    own = vars(value)
+    hidden = {UNDRESSED, *own.get(UNDRESSED, ())}
+    return {("attribute", name): part for name, part in own.items() if name not in hidden}
 
 
 def _elements(value: Any) -> Iterator[Any]:

@@ -236,6 +236,12 @@ def same_graph(one: fx.GraphModule, other: fx.GraphModule) -> bool:
     return _same(one, _outputs(one), other, _outputs(other))
 
 
+def same_call(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Whether two captured graphs take the same inputs, compute the same, and give and write the same."""
+    inputs, others = (graph_module.graph.find_nodes(op="placeholder") for graph_module in (one, other))
+    return [*map(_layouts, inputs)] == [*map(_layouts, others)] and same_graph(one, other)
+
+
 def _outputs(graph_module: fx.GraphModule) -> list[fx.Node]:
     results: Any = graph_module.graph.output_node().args[0]
     return list(results)
@@ -248,7 +254,7 @@ def _outputs_but(captured: Captured, places: Collection[Place]) -> list[fx.Node]
     for effect in captured.state.effects:
         nodes = [next(given) for _ in effect.value.tensors]
         kept += [] if effect.place in places else nodes
-    return kept
+    return [*kept, *given]
 
 
 def _same(one: fx.GraphModule, ones: list[fx.Node], other: fx.GraphModule, others: list[fx.Node]) -> bool:
@@ -281,7 +287,7 @@ def _needed(graph_module: fx.GraphModule, outputs: Sequence[fx.Node]) -> list[fx
 
 def _layouts(node: fx.Node) -> list[Any]:
     values = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
-    return [(value.shape, value.stride(), value.dtype, value.device) for value in values]
+    return [(value.shape, value.stride(), value.dtype, value.device, value.requires_grad) for value in values]
 
 
 def _numbered(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Any:

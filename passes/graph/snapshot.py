@@ -44,6 +44,7 @@ from fxstream.passes.graph.parts import (
 )
 from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.structure import flatten, slots
+from fxstream.passes.graph.subclasses import plain_tensors
 from fxstream.runtime.autocast import autocast_devices
 
 _GLOBAL_HOOKS = (
@@ -99,7 +100,8 @@ class Snapshot:
             place, value = waiting.pop()
             if isinstance(value, torch.Tensor):
                 self.tensors[id(value)] = value
-                continue
+                if not is_plain(type(value)):
+                    continue
             if place[-1][0] == "method":
                 if not (self.code and is_ours(getattr(bare(value), "__module__", None))):
                     continue
@@ -347,17 +349,15 @@ class _Key:
 
     def _part(self, value: Any, place: Place) -> Any:
         node = self.snapshot.nodes.get(id(value))
-        if node is not None:
-            if id(value) not in self.numbers:
-                self.waiting.append(node)
-            return self._number(id(value))
+        if node is not None and id(value) not in self.numbers:
+            self.waiting.append(node)
         if isinstance(value, torch.Tensor):
             layout = _LAYOUT(value), torch.Tensor.stride(value), torch.Tensor.storage_offset(value)
             if id(value) in self.weights or self._is_live(place):
                 return "tensor", self._number(id(value)), layout
             held = _bytes(value) if id(value) in self.snapshot._asked else None
-            return _Same(value), layout, _pointer(value), held
-        return _atom(value)
+            return _Same(value), self._number(id(value)), layout, _pointer(value), held
+        return _atom(value) if node is None else self._number(id(value))
 
     def _is_live(self, place: Place) -> bool:
         return bool(self.live) and any(place[:length] in self.live for length in range(1, len(place) + 1))
@@ -402,8 +402,10 @@ def environment() -> Any:
 def _weights(model: Any) -> dict[int, torch.Tensor]:
     """The weights of a model, which its graphs reach into it for."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    weights = (chain(module._parameters.values(), module._buffers.values()) for module in modules)
-    return {id(weight): weight for weight in chain.from_iterable(weights) if weight is not None}
+    tables = (chain(module._parameters.values(), module._buffers.values()) for module in modules)
+    weights = (weight for weight in chain.from_iterable(tables) if weight is not None)
+    inner = (plain for weight in weights for _, plain in ((None, weight), *plain_tensors(weight)))
+    return {id(weight): weight for weight in inner}
 
 
 def _pointer(tensor: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ back after every call, and the graph is right in the next call, too. Where it is
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -78,7 +78,9 @@ class State:
     call. ``effects`` are what is set after a call, with the tensors that follow the result's. What is computed does not
     depend on what is at the places ``unread``. With ``again`` the graph is right in the state that a call leaves, too.
     ``asked`` are the places of tensors whose values the graph was made for, ``live`` those of tensors that go by
-    their layout, as each call sets others.
+    their layout, as each call sets others. ``numbers`` are the places of the floats whose values are the elements of
+    one more input; ``taken`` tells for which floats any will do that answers alike to its guards, ``told`` are those of
+    which none will do but the same, and ``counted`` the places of those that a call sets, from the last outputs.
     """
 
     inputs: tuple[Place, ...] = ()
@@ -87,6 +89,10 @@ class State:
     live: frozenset[Place] = frozenset()
     again: bool = False
     asked: tuple[Place, ...] = ()
+    numbers: tuple[Place, ...] = ()
+    taken: Mapping[Place, frozenset[Any]] = field(default_factory=dict)
+    told: frozenset[Place] = frozenset()
+    counted: tuple[Place, ...] = ()
 
     @staticmethod
     def of(
@@ -109,11 +115,13 @@ class State:
         for effect in self.effects:
             value = effect.value._replace(tensors=tuple(next(given) for _ in effect.value.tensors))
             put(effect.place, roots, unflatten(*value), effect.more)
+        for place in self.counted:
+            put(place, roots, next(given).item())
 
     @property
     def count(self) -> int:
         """How many outputs of the graph are for effects."""
-        return sum(len(effect.value.tensors) for effect in self.effects)
+        return sum(len(effect.value.tensors) for effect in self.effects) + len(self.counted)
 
     def refuse_tensors(self, what: str) -> None:
         """Raise ``CaptureError`` where the call keeps tensors, or reads such as others may be."""
@@ -124,7 +132,7 @@ class State:
             )
 
     def __bool__(self) -> bool:
-        return bool(self.inputs or self.effects)
+        return bool(self.inputs or self.effects or self.numbers)
 
     @property
     def changed(self) -> frozenset[Place]:

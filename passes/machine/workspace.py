@@ -25,7 +25,7 @@ from fxstream.passes.machine import allocations
 from fxstream.passes.machine.allocations import apart, workspace_of
 from fxstream.passes.machine.cost import computes_plainly, convolves_plainly
 from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
-from fxstream.passes.operators.axes import Call, Cut, Slice, backward, with_arguments
+from fxstream.passes.operators.axes import Call, Cut, Slice, backward, is_named, with_arguments
 
 MOST_BYTES, MOST_FLOPS, SLOW = 16 << 20, 1 << 30, 8
 FARTHEST = 16
@@ -106,7 +106,7 @@ def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> 
     if name not in table.traces:
         table.refresh()
     if name not in table.traces:
-        if target.namespace not in MEASURED:
+        if target.namespace not in MEASURED and not is_named(target):
             table.traces[name] = None  # not for long: it may be told, or be another one of that name
             return None
         with unset_fake_temporarily():
@@ -122,7 +122,8 @@ def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> 
 
 
 MEASURED = frozenset({"aten", "prims", "quantized", "quantized_decomposed", "mkldnn", "fxstream"})
-"""Operators that do nothing but compute, by their namespaces. Those of a user may do more, and are not run."""
+"""Operators that do nothing but compute, by their namespaces. Those of a user may do more, and are not run, and of
+those of other libraries the ones that are known by name alone."""
 
 
 def _made(out: Any, args: Any, kwargs: Any) -> int:

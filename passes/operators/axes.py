@@ -122,7 +122,8 @@ class Cut:
 
 
 __all__ = [
-    *("Call", "Cut", "Halo", "Rule", "Slice", "Span", "backward", "forward", "registered", "rule", "with_arguments"),
+    *("Call", "Cut", "Halo", "Rule", "Slice", "Span", "backward", "forward", "is_named", "registered", "rule"),
+    *("rule_of", "with_arguments"),
 ]
 
 
@@ -144,11 +145,15 @@ def with_arguments(
 
 
 Rule = Callable[[Call, Slice], "Cut | None"]
-_RULES: dict[OpOverload, Rule] = {}
+_RULES: dict[OpOverload | str, Rule] = {}
 
 
-def rule(*operators: OpOverload) -> Callable[[Rule], Rule]:
-    """Register a rule for operators, in place of any that they had."""
+def rule(*operators: OpOverload | str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, in place of any that they had.
+
+    One of a library that may not be there goes by its name, such as ``"bitsandbytes::gemm_4bit"``. It is known to do
+    nothing but compute.
+    """
 
     def register(function: Rule) -> Rule:
         for operator in operators:
@@ -158,14 +163,23 @@ def rule(*operators: OpOverload) -> Callable[[Rule], Rule]:
     return register
 
 
-def registered() -> frozenset[OpOverload]:
-    """The operators that have a rule."""
+def is_named(operator: OpOverload) -> bool:
+    """Whether an operator is one of a library's that have a rule by name."""
+    return operator.name() in _RULES
+
+
+def rule_of(operator: OpOverload) -> Rule | None:
+    return _RULES.get(operator) or _RULES.get(operator.name())
+
+
+def registered() -> frozenset[OpOverload | str]:
+    """The operators that have a rule, those of libraries by name."""
     return frozenset(_RULES)
 
 
 def backward(call: Call, out: Slice) -> Cut | None:
     """The cut that makes the slice ``out`` of the call's output, or None where the axis stops."""
-    function = _RULES.get(call.target)
+    function = rule_of(call.target)
     if function is None or out.extent < 1 or out.dim >= len(call.shape) or call.shape[out.dim] != out.size:
         return None
     return function(call, out)
@@ -176,7 +190,7 @@ def forward(call: Call, known: Mapping[int, Slice]) -> tuple[Slice, Cut] | None:
 
     None where there is none: the call mixes what the axis keeps apart.
     """
-    if call.target not in _RULES:
+    if rule_of(call.target) is None:
         return None
     first = next(iter(known))
     for out in _candidates(known[first], tuple(call.tensors[first].shape), call.shape):

@@ -23,7 +23,8 @@ ACTIVATIONS = """
 """
 LOGIC = """
     eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
-    __and__ __or__ __xor__ isnan isinf isposinf isneginf isfinite isclose signbit
+    bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
+    isnan isinf isposinf isneginf isfinite isclose signbit
     where masked_fill fill
 """
 

@@ -108,6 +108,13 @@ def view_as_real(call: Call, out: Slice) -> Cut | None:
 rule(aten.view_as_complex.default)(lead)
 
 
+@rule(aten.view.dtype)
+def view_dtype(call: Call, out: Slice) -> Cut | None:
+    """The last dimension's elements are put together, or taken apart, where the types differ in size."""
+    same = source(call).element_size() == call.arguments["dtype"].itemsize
+    return lead(call, out) if same or out.dim < len(call.shape) - 1 else None
+
+
 @rule(aten.slice.Tensor)
 def slice_(call: Call, out: Slice) -> Cut | None:
     """Along its own dimension: a run of whole blocks (as a chunk is), every step-th element of all of it, or a window

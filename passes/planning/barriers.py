@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch._ops import OpOverload
 
 from fxstream.passes.machine.workspace import is_known
-from fxstream.passes.operators.axes import registered
+from fxstream.passes.operators.axes import rule_of
 from fxstream.passes.planning.program import Program
 
 
@@ -22,11 +22,10 @@ class Barrier:
 
 def barriers(program: Program) -> tuple[Barrier, ...]:
     """The operators of a program that have no rule and read a tensor, the one that blocks most bytes first."""
-    rules = registered()
     found: dict[str, list[int]] = {}
     for value, live in zip(program.values, program.live_bytes, strict=True):
         target = value.node.target
-        if isinstance(target, OpOverload) and target not in rules and value.reads:
+        if isinstance(target, OpOverload) and rule_of(target) is None and value.reads:
             found.setdefault(str(target), []).append(live)
     return _listed(found)
 

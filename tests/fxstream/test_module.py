@@ -111,7 +111,7 @@ def test_prepare_plans_and_runs_nothing(model, x):
 
 
 def test_each_kind_of_call_has_a_plan_that_is_kept(model, x, streamed):
-    """Shapes, strides, dtypes, Python arguments."""
+    """Shapes, strides, dtypes, Python arguments; what gives the same graph has the same plan."""
     calls = [
         ((x,), {}),
         ((x[:5],), {}),
@@ -127,7 +127,7 @@ def test_each_kind_of_call_has_a_plan_that_is_kept(model, x, streamed):
             found, expected = streamed(*args, **kwargs), model(*args, **kwargs)
             assert type(found) is type(expected)
             close(found[0], expected[0])
-            assert len(streamed.plans) == known + 1
+            assert len(streamed.plans) == (1, 2, 3, 4, 4, 5, 5)[known]
     plans = streamed.plans
     for args, kwargs in reversed(calls):
         streamed(*args, **kwargs)
@@ -164,7 +164,7 @@ def test_the_order_of_keywords_does_not_matter(model, x, streamed):
     streamed(x, factor=2.0, return_dict=False)
     streamed(x, return_dict=False, factor=2.0)
     streamed(return_dict=False, factor=2.0, x=x)
-    assert len(streamed.plans) == 3  # one as planned by the fixture, one for x by position, one for x by name
+    assert len(streamed.plans) == 2  # one as planned by the fixture, one with a factor, x by position or by name
 
 
 def test_containers_of_tensors(model, x, streamed):
@@ -449,11 +449,11 @@ def test_what_was_changed_back_finds_its_plan(model, x, streamed):
     streamed.train()
     streamed(x)
     streamed.eval()
-    assert len(streamed.plans) == 4
+    assert len(streamed.plans) == 3  # in training mode the graph is the same
     for scale in (1.0, 0.5):
         model.blocks[0].scale = scale
         close(streamed(x).sample, model(x).sample)
-    assert len(streamed.plans) == 4
+    assert len(streamed.plans) == 3
 
 
 def test_containers_among_the_attributes_are_watched(model, x):
@@ -461,16 +461,16 @@ def test_containers_among_the_attributes_are_watched(model, x):
     streamed = fxstream.optimize(model, 0.6, (x,))
     for number, change in enumerate(
         (
-            lambda: layer.scaling.update(default=2.0),
-            lambda: layer.scaling.update(other=0.5),
+            lambda: layer.scaling.update(default=2.0),  # a number's value
+            lambda: layer.scaling.update(other=0.5),  # one more of them
             lambda: layer.active.append("other"),
             lambda: layer.active.clear(),
-            lambda: setattr(layer, "active", []),
+            lambda: setattr(layer, "active", []),  # as the one before
         )
     ):
         change()
         close(streamed(x).sample, model(x).sample)
-        assert len(streamed.plans) == min(number + 2, 5)  # the last is as the one before
+        assert len(streamed.plans) == (1, 2, 3, 4, 4)[number]
 
 
 def test_forwards_that_keep_count():

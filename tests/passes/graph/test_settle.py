@@ -225,15 +225,15 @@ def dropped_once(self, x):
 
 ONCE = {
     "told in the result": (told_once, 2),
-    "told in an argument": (asked_once, 2),
+    "told in an argument": (asked_once, 1),
     "made": (made_once, 1),
-    "dropped": (dropped_once, 2),
+    "dropped": (dropped_once, 1),
     "within the call": (lambda self, x: (within_the_call(self, x), True), 1),
 }
 
 
 @pytest.mark.parametrize("name", ONCE)
-def test_what_only_the_first_call_changes_needs_another_plan_where_it_shows(name):
+def test_what_only_the_first_call_changes_needs_another_plan_where_the_graph_shows_it(name):
     function, plans = ONCE[name]
     mine, its = Call(function, last=None), Call(function, last=None)
     streamed = fxstream.optimize(mine, "min")

@@ -75,6 +75,8 @@ def check(call: Call, out: Slice, random: Random) -> Cut | None:
         length = random.randint(1, out.extent - start)
         parts = pytree.tree_leaves(run_part(call, cut, out, start, length))
         for part, whole in zip(parts, pytree.tree_leaves(call.out), strict=True):
+            if whole is None:
+                continue
             torch.testing.assert_close(part, out.of(whole, start, length), rtol=1e-9, atol=1e-9, equal_nan=True)
         start += length
     known = {index: piece for index, piece in enumerate(cut.inputs) if piece is not None}

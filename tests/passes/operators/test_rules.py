@@ -20,7 +20,8 @@ aten, norm = torch.ops.aten, torch.ops.fxstream
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Sample = Callable[[Random, OpOverload], Arguments]
 SAMPLES: dict[OpOverload, Sample] = {}
-REGISTERED = {operator for operator in registered() if operator.namespace in ("aten", "fxstream")}
+RULED = [operator for operator in registered() if isinstance(operator, OpOverload)]
+REGISTERED = {operator for operator in RULED if operator.namespace in ("aten", "fxstream")}
 
 
 def sample(*operators: OpOverload) -> Callable[[Sample], Sample]:
@@ -302,6 +303,12 @@ def chunk(random: Random, operator: OpOverload) -> Arguments:
     return (drawn, random.randint(1, 5), dim_of(random, drawn.dim())), {}
 
 
+@sample(aten.view.dtype)
+def view_dtype(random: Random, operator: OpOverload) -> Arguments:
+    sizes = shape(random)
+    return (torch.randn(*sizes[:-1], 4), random.choice((torch.int16, torch.int32, torch.int64))), {}
+
+
 @sample(aten.view_as_real.default)
 def view_as_real(random: Random, operator: OpOverload) -> Arguments:
     return (torch.randn(shape(random), dtype=torch.complex128),), {}
@@ -345,6 +352,38 @@ def linear(random: Random, operator: OpOverload) -> Arguments:
     sizes, features = shape(random), random.choice((4, 6))
     weight, bias = tensor(random, features, sizes[-1]), tensor(random, features)
     return (tensor(random, *sizes), weight, maybe(random, bias)), {}
+
+
+def whole(random: Random, *sizes: int) -> torch.Tensor:
+    """Small whole numbers in float32, whose products of any order are the same."""
+    return torch.randint(-4, 5, sizes).float()
+
+
+@sample(aten._weight_int8pack_mm.default)
+def weight_int8pack_mm(random: Random, operator: OpOverload) -> Arguments:
+    m, k, n = random.randint(1, 6), random.choice((4, 8)), random.choice((2, 6))
+    return (whole(random, m, k), whole(random, n, k).to(torch.int8), whole(random, n)), {}
+
+
+@sample(aten._weight_int4pack_mm_for_cpu.default)
+def weight_int4pack_mm(random: Random, operator: OpOverload) -> Arguments:
+    weight = aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 15, (16, 32), dtype=torch.int32), 2)
+    return (whole(random, random.randint(2, 6), 32), weight, 32, whole(random, 1, 16, 2)), {}
+
+
+@sample(aten._int_mm.default)
+def int_mm(random: Random, operator: OpOverload) -> Arguments:
+    m, k, n = random.randint(1, 6), random.choice((4, 8)), random.choice((2, 6))
+    return (whole(random, m, k).to(torch.int8), whole(random, k, n).to(torch.int8)), {}
+
+
+@sample(aten._scaled_mm.default)
+def scaled_mm(random: Random, operator: OpOverload) -> Arguments:
+    m, k, n = random.randint(1, 6), random.choice((16, 32)), random.choice((16, 32))
+    one, other = (whole(random, size, k).to(torch.float8_e4m3fn) for size in (m, n))
+    each = flag(random)
+    scales = (whole(random, m, 1), whole(random, 1, n)) if each else (torch.tensor(2.0), torch.tensor(0.5))
+    return (one, other.t(), *scales), {"out_dtype": torch.float32, "bias": None if each else whole(random, n)}
 
 
 @sample(aten.mm.default)
