@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,7 +55,28 @@ def always(compiled: Any, tensors: Sequence[torch.Tensor]) -> bool:
     return True
 
 
-class StreamedModule(nn.Module):
+class _Standing(type):
+    """The class of classes that are told from the class of the model that they stand for by identity alone.
+
+    So a streamed component is taken for one of the model's class by what compares ``type(component)``, as diffusers
+    does where a pipeline is made of another's components.
+    """
+
+    stands_for: type
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or vars(cls).get("stands_for") is other
+
+    def __hash__(cls) -> int:
+        return type.__hash__(vars(cls).get("stands_for", cls))
+
+
+@cache
+def _standing(kind: type, stands_for: type) -> type:
+    return _Standing(kind.__name__, (kind,), {"stands_for": stands_for, "__doc__": kind.__doc__})
+
+
+class StreamedModule(nn.Module, metaclass=_Standing):
     """A module that runs the user's model by a plan, one for each kind of call.
 
     Parameters, buffers and submodules are the model's own (the same dictionaries), and every other attribute is read
@@ -67,6 +89,10 @@ class StreamedModule(nn.Module):
 
     It can't be copied or pickled: copy the model and optimize the copy.
     """
+
+    def __new__(cls, model: Callable[..., Any], *args: Any, **kwargs: Any) -> StreamedModule:
+        made: StreamedModule = object.__new__(_standing(cls, type(owner(model)[0])))
+        return made
 
     def __init__(
         self,

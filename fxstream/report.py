@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from typing import TypeVar
@@ -10,6 +10,7 @@ from typing import TypeVar
 from tabulate import tabulate
 
 from fxstream.budget import format_bytes
+from fxstream.notebook import blocks, timeline
 from fxstream.passes.graph.capture import module_path
 from fxstream.passes.graph.liveness import MemoryProfile
 from fxstream.passes.machine.kept import machine_name
@@ -20,6 +21,7 @@ from fxstream.passes.planning.tree import Block, Loop, Spill
 T = TypeVar("T")
 
 SHOWN_HOLDERS = 6
+SHOWN_GROUPS = 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class FetchedWeight:
     inside: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What streaming one call does: memory ``before`` and ``after`` over weights and inputs, and the loops.
 
@@ -116,15 +118,27 @@ class Plan:
         """The bytes of the call's input tensors."""
         return int(self.before.input_bytes)  # torch keeps the size of a view's storage as a symbol
 
+    def __repr__(self) -> str:
+        before, after = format_bytes(self.before.peak_bytes), format_bytes(self.after.peak_bytes)
+        weights, loops = format_bytes(self.after.weight_bytes), f"{len(self.groups)} loops"
+        return f"<Plan: activations {before} before, {after} after; weights {weights}; {loops}>"
+
+    def _repr_html_(self) -> str:
+        curves = {"before": self.before.live_bytes, "after": self.after.live_bytes}
+        return timeline(curves) + blocks(self._parts())
+
     def __str__(self) -> str:
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> list[str]:
         parts = [self.summary(), "Held at the peak after:\n" + self.holders_table(self.after)]
-        parts.append("Groups:\n" + self.groups_table() if self.groups else "No groups: nothing needs slicing.")
+        parts.append("Groups:\n" + self._few_groups() if self.groups else "No groups: nothing needs slicing.")
         if self.barriers:
             parts.append("Operators without a rule:\n" + self.barriers_table())
         if self.unmeasured:
             parts.append("Operators whose workspace is not known:\n" + self.unmeasured_table())
         parts.append(f"Planned for: {self.machine}")
-        return "\n\n".join(parts)
+        return parts
 
     def summary(self) -> str:
         """Before and after, in a table."""
@@ -174,8 +188,17 @@ class Plan:
             )
         return tabulate(rows, headers=["bytes", "shape", "dtype", "node", "module"])
 
-    def groups_table(self) -> str:
-        """The sliced loops in the order that they run."""
+    def _few_groups(self) -> str:
+        """The loops that lower memory most, where there are more than a screen of them."""
+        if len(self.groups) <= SHOWN_GROUPS:
+            return self.groups_table()
+        outer = [group for group in self.groups if not group.depth]
+        most = sorted(outer, key=lambda group: group.bytes_before - group.bytes_after)[-SHOWN_GROUPS:]
+        shown = [group for group in outer if group in most]
+        return f"{self.groups_table(shown)}\n{len(self.groups) - len(shown)} more: print(plan.groups_table())"
+
+    def groups_table(self, groups: Sequence[PlannedGroup] | None = None) -> str:
+        """The sliced loops in the order that they run: all, or some of them."""
         rows = [
             [
                 "  " * group.depth + f"{group.first} .. {group.last}",
@@ -185,7 +208,7 @@ class Plan:
                 format_bytes(group.bytes_before),
                 format_bytes(group.bytes_after),
             ]
-            for group in self.groups
+            for group in (self.groups if groups is None else groups)
         ]
         headers = ["nodes", "module", "axis", "slices", "before", "after"]
         return tabulate(rows, headers=headers, preserve_whitespace=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from fxstream.passes.graph.subclasses import weights_of
 CODEC = ("encode", "decode")
 """Methods of a VAE that a pipeline calls instead of the module itself."""
 
+TIME = re.compile(r"timestep\w*|\w+_time|ts?|r|sigmas?|noise_level")
+"""Names of the argument that tells a denoiser how far its loop is, in the models of diffusers."""
+
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
     """The pipeline's modules by name, the user's own where one is streamed."""
@@ -23,11 +27,11 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def streamed_methods(module: nn.Module) -> tuple[str, ...]:
-    """The methods of a component that become stages: a codec's own, ``forward`` of what takes a timestep, or none."""
+    """The methods of a component that become stages: a codec's own, ``forward`` of what takes a time, or none."""
     if callable(getattr(module, "decode", None)):
         return tuple(name for name in CODEC if callable(getattr(module, name, None)))
     parameters = inspect.signature(module.forward).parameters
-    return ("forward",) if any(name.startswith("timestep") for name in parameters) else ()
+    return ("forward",) if any(map(TIME.fullmatch, parameters)) else ()
 
 
 def stage_name(component: str, method: str) -> str:

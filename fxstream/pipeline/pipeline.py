@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxstream.budget import Budget
@@ -33,6 +34,14 @@ class Installation:
     stages: list[Stage] = field(default_factory=list)
     turn_on: list[Callable[[], None]] = field(default_factory=list)
     rehearsed: tuple[StagePlan, ...] = ()
+    restored: bool = False
+
+    def restore(self) -> None:
+        """Turn on again what was turned off, once. Another pipeline that has the components runs the models, too."""
+        if not self.restored:
+            self.restored = True
+            for turn_on in self.turn_on:
+                turn_on()
 
     def plan(self) -> PipelinePlan:
         """What was planned before the first call, and what calls since have added."""
@@ -114,8 +123,7 @@ def restore_pipeline(pipeline: Any) -> Any:
             if isinstance(vars(pipeline)[name], StreamedModule):
                 setattr(pipeline, name, module)
     if installation is not None:
-        for turn_on in installation.turn_on:
-            turn_on()
+        installation.restore()
     return pipeline
 
 
@@ -134,23 +142,27 @@ def _install(pipeline: Any, installation: Installation, keywords: Mapping[str, A
             stages["forward"].streamed if "forward" in stages else stream_method(module, "forward", None, keywords)
         )
         for method, stage in stages.items():
-            vars(streamed)[method] = _method(streamed, stage, getattr(module, method))
-        vars(streamed).setdefault("forward", _method(streamed, streamed.forward, module.forward))
+            vars(streamed)[method] = _method(installation, streamed, stage, getattr(module, method))
+        vars(streamed).setdefault("forward", _method(installation, streamed, streamed.forward, module.forward))
         vars(streamed)[_INSTALLED] = installation
         setattr(pipeline, name, streamed)
 
 
-def _method(streamed: StreamedModule, function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def _method(
+    installation: Installation, streamed: StreamedModule, function: Callable[..., Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
     """``function`` with the signature of the component's own method, and run after the component's offloading hook.
 
-    Accelerate sees to ``forward`` by itself; for other methods diffusers runs the hook, as here.
+    Accelerate sees to ``forward`` by itself; for other methods diffusers runs the hook, as here. To torch.compile of
+    the component around it is opaque. When the pipeline is restored it is the component's own method.
     """
 
+    @torch.compiler.disable
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         hook = vars(streamed).get("_hf_hook")
         if original.__name__ != "forward" and hasattr(hook, "pre_forward"):
             hook.pre_forward(streamed)
-        return function(*args, **kwargs)
+        return (original if installation.restored else function)(*args, **kwargs)
 
-    return method
+    return functools.wraps(original)(method)

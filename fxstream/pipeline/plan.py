@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from fxstream.budget import Resident, format_bytes
+from fxstream.notebook import blocks
 from fxstream.report import Plan
 
 
@@ -18,7 +19,7 @@ class StagePlan:
     ``calls`` is how often one generation calls it so, None where no generation was gone through. ``resident`` is what
     the pipeline holds meanwhile over the inputs, ``budget_bytes`` what it may hold in all (None: no such bound).
     ``plan`` is None where a component that runs whole can't be captured, so that its activations are not known. A
-    component with ``streamed`` False runs whole.
+    component with ``streamed`` False runs whole, and ``why`` tells for what reason.
     """
 
     name: str
@@ -27,6 +28,7 @@ class StagePlan:
     resident: Resident
     budget_bytes: int | None
     streamed: bool = True
+    why: str = ""
 
     @property
     def total_bytes(self) -> int | None:
@@ -43,7 +45,7 @@ class StagePlan:
         return self.total_bytes <= self.budget_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PipelinePlan:
     """The stages of a pipeline in the order in which a generation comes to them."""
 
@@ -54,15 +56,27 @@ class PipelinePlan:
         """The most that any stage holds, in bytes."""
         return max((stage.total_bytes or 0 for stage in self.stages), default=0)
 
+    def __repr__(self) -> str:
+        names = ", ".join(dict.fromkeys(stage.name for stage in self.stages))
+        return f"<PipelinePlan: {format_bytes(self.peak_bytes)} at most, of {names or 'no stage yet'}>"
+
+    def _repr_html_(self) -> str:
+        return blocks(self._parts())
+
     def __str__(self) -> str:
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> list[str]:
         if not self.stages:
-            return "No stage has been planned yet: the first call does that, or height=, width= and the like."
-        return f"{self.table()}\n\nWeights:\n{self.weights_table()}"
+            return ["No stage has been planned yet: the first call does that, or height=, width= and the like."]
+        parts = [self.table(), f"Weights:\n{self.weights_table()}"]
+        whole = dict.fromkeys(f"{stage.name} is not streamed: {stage.why}" for stage in self.stages if stage.why)
+        return [*parts, "\n".join(whole)] if whole else parts
 
     def table(self) -> str:
         """A line a stage. Bytes are weights on the device, inputs, what else is kept, and activations.
 
-        Where values live on disk, "moved" is what one call reads from there and writes.
+        "streamed" tells what runs whole. Where values live on disk, "moved" is what a call reads from there and writes.
         """
         moves = any(stage.plan is not None and stage.plan.moved_bytes for stage in self.stages)
         rows = []
@@ -79,11 +93,12 @@ class PipelinePlan:
                     format_bytes(made.after.peak_bytes) if made else "?",
                     "?" if stage.total_bytes is None else format_bytes(stage.total_bytes),
                     {True: "yes", False: "no", None: ""}[stage.fits],
+                    "yes" if stage.streamed else "no",
                     *([format_bytes(made.moved_bytes) if made else ""] if moves else []),
                 ]
             )
-        headers = ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits", "moved"]
-        align = ("left", *("right",) * 7, "left", "right")
+        headers = ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits", "streamed", "moved"]
+        align = ("left", *("right",) * 7, "left", "left", "right")
         columns = len(headers) if moves else len(headers) - 1
         return tabulate(rows, headers=headers[:columns], colalign=align[:columns], disable_numparse=True)
 

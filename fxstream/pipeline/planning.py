@@ -21,6 +21,9 @@ WHOLE = Budget(total_bytes=1 << 62)
 """A budget that asks for nothing."""
 
 
+NO_STAGE = "it takes no time and decodes nothing, so it is taken for no part of the loop"
+
+
 def plan_all(rehearsal: Rehearsal, keywords: Mapping[str, Any], stages: Sequence[Stage]) -> PipelinePlan:
     """Plan all that a rehearsal found, for the stages themselves where their components are as they were called."""
     total, store = keywords["budget"].total_bytes, keywords["store"]
@@ -29,28 +32,28 @@ def plan_all(rehearsal: Rehearsal, keywords: Mapping[str, Any], stages: Sequence
     errors: dict[str, MemoryBudgetError] = {}
     for found in rehearsal.calls():
         module = rehearsal.modules[found.component]
-        streamed = found.method in stages_of(module, keywords)
+        why = "" if found.method in stages_of(module, keywords) else NO_STAGE
         if store is not None:
             kept = kept_bytes(store, rehearsal.originals, found.component)
             found = replace(found, resident=replace(found.resident, weights=kept))
         made: Plan | RehashPlan | None = None
         try:
-            if streamed:
+            if not why:
                 made = _plan_one(rehearsal, found, keywords, of.get((found.component, found.method)))
         except MemoryBudgetError as error:
             errors[found.resident.stage] = error
             made = error.plan
-        except CaptureError:
+        except CaptureError as error:
             if streamed_methods(module):
                 raise
-            streamed = False
-        if not streamed:
+            why = " ".join(str(error).split())
+        if why:
             made = _plan_whole(rehearsal, found)
             if store is not None:
                 weights = {**weight_bytes({found.component: module}), **found.resident.weights}
                 found = replace(found, resident=replace(found.resident, weights=weights))
-        offloaded = store is not None and streamed
-        planned.append(stage_plan(found.component, found.calls, made, found.resident, total, offloaded, streamed))
+        offloaded = store is not None and not why
+        planned.append(stage_plan(found.component, found.calls, made, found.resident, total, offloaded, why))
     whole = PipelinePlan(tuple(planned))
     over = [stage for stage in planned if stage.fits is False or stage.name in errors]
     if over:

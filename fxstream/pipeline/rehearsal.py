@@ -25,8 +25,10 @@ from fxstream.errors import CaptureError
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.casts import casts_traced
 from fxstream.passes.graph.liveness import storages_of
+from fxstream.passes.graph.snapshot import Snapshot, roots_of
 from fxstream.passes.graph.structure import flatten, unflatten
 from fxstream.passes.graph.subclasses import dressing, fake_like, weights_of
+from fxstream.passes.graph.twin import Twin
 from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes
 from fxstream.pipeline.offload import Device, offloaded
 from fxstream.pipeline.switches import turn_off
@@ -193,6 +195,7 @@ class Rehearsal:
     def _shapes(self, name: str, method: str, function: Callable[..., Any], inputs: Inputs) -> tuple[Any, ...]:
         """The result of a component's call, flat, its tensors fake."""
         module, original = self.modules[name], self.originals[name]
+        before = Snapshot(roots_of(original))
         try:
             args, kwargs = inputs.call(self._fake(inputs.tensors, module))
             with self.mode, torch.no_grad(), dressing(), casts_traced():
@@ -206,6 +209,8 @@ class Rehearsal:
             args, kwargs = inputs.call([tensor.to(device) for tensor in inputs.tensors])
             with torch.no_grad():
                 return flatten(getattr(original, method)(*args, **kwargs))
+        finally:
+            before.rewind()
 
     def _fake(self, tensors: Sequence[torch.Tensor], module: nn.Module) -> list[torch.Tensor]:
         """Tensors like these where the module's weights are."""
@@ -219,15 +224,14 @@ def fake_copies(modules: Mapping[str, nn.Module], mode: FakeTensorMode) -> dict[
 
     The copies can be cast and moved by ``to``, as modules with fake weights otherwise can't.
     """
-    memo: dict[int, Any] = {}
-    for module in modules.values():
-        for weight in (*module.parameters(), *module.buffers()):
-            memo[id(weight)] = fake_like(weight, mode)
-        for sub in module.modules():
-            if "_hf_hook" in vars(sub):
-                memo |= {id(vars(sub)[name]): None for name in _HOOKED if name in vars(sub)}
-    copies = {name: copy.deepcopy(module, memo) for name, module in modules.items()}
+    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    copies = {name: Twin(module).module for name, module in modules.items()}
     for made in copies.values():
+        for table, name in _slots(made):
+            weight = table[name]
+            if id(weight) not in fakes:
+                fakes[id(weight)] = weight, fake_like(weight, mode)
+            table[name] = fakes[id(weight)][1]
         vars(made)["_apply"] = functools.partial(_replace, made)
         for sub in made.modules():
             if "_hf_hook" in vars(sub):

@@ -57,15 +57,18 @@ def stage_plan(
     resident: Resident,
     budget_bytes: int | None,
     offloaded: bool,
-    streamed: bool = True,
+    why: str = "",
 ) -> StagePlan:
-    """A stage by the plan of its call that holds most; where its weights are ``offloaded``, with those that stay."""
+    """A stage by the plan of its call that holds most; where its weights are ``offloaded``, with those that stay.
+
+    ``why`` it runs whole, if it does.
+    """
     if isinstance(made, RehashPlan):
         made, held = made.largest
         resident = replace(resident, other_bytes=resident.other_bytes + held)
     if offloaded and made is not None and made.after.weight_bytes:
         resident = replace(resident, weights={component: made.after.weight_bytes, **resident.weights})
-    return StagePlan(resident.stage, calls, made, resident, budget_bytes, streamed)
+    return StagePlan(resident.stage, calls, made, resident, budget_bytes, not why, why)
 
 
 class Stage:
@@ -77,7 +80,7 @@ class Stage:
         self.name = stage_name(component, method)
         self.expected: Resident | None = None
         self._whole: Calls | None = None
-        self._pipeline = weakref.ref(pipeline)
+        self._pipeline, self._modules = weakref.ref(pipeline), modules_of(pipeline)
         self._made = made
         self._store: Store | None = keywords["store"]
         self.streamed = stream_method(module, method, self.resident, keywords)
@@ -114,7 +117,7 @@ class Stage:
             return self.expected
         pipeline = self._pipeline()
         mine = owner(self.streamed)[0]
-        modules = modules_of(pipeline) if pipeline is not None else {self.component: mine}
+        modules = modules_of(pipeline) if pipeline is not None else self._modules  # another pipeline may have them
         device = tensors[0].device if tensors else weights_of(mine)[0].device
         if self._store is not None:
             weights = kept_bytes(self._store, modules, self.component)

@@ -22,9 +22,20 @@ def test_sums(plan):
 
 def test_a_line_a_stage(plan):
     lines = plan.table().splitlines()
-    assert lines[0].split() == ["stage", "calls", "weights", "inputs", "kept", "before", "after", "all", "fits"]
+    assert lines[0].split() == [
+        "stage",
+        "calls",
+        "weights",
+        "inputs",
+        "kept",
+        "before",
+        "after",
+        "all",
+        "fits",
+        "streamed",
+    ]
     assert [line.split()[0] for line in lines[2:]] == ["text_encoder", "denoiser", "codec.decode"]
-    assert all(line.endswith("yes") for line in lines[2:])
+    assert all(line.split()[-2] == "yes" for line in lines[2:])
     assert plan.table() in str(plan)
 
 
