@@ -91,7 +91,8 @@ class StreamedModule(nn.Module, metaclass=_Standing):
     """
 
     def __new__(cls, model: Callable[..., Any], *args: Any, **kwargs: Any) -> StreamedModule:
-        made: StreamedModule = object.__new__(_standing(cls, type(owner(model)[0])))
+        kind: Any = type(owner(model)[0])
+        made: StreamedModule = object.__new__(_standing(cls, kind))
         return made
 
     def __init__(
