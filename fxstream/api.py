@@ -9,6 +9,7 @@ from torch import nn
 
 from fxstream.budget import Budget
 from fxstream.disk import Disk, Store
+from fxstream.errors import CaptureError
 from fxstream.model import optimize_model
 from fxstream.passes.graph.capture import owner
 from fxstream.planned import compile_call
@@ -56,6 +57,7 @@ def optimize(
     step_rehash: StepRehash | None = None,
     compile: str | None = None,
     offload: str | None = None,
+    fullgraph: bool = False,
     **call: Any,
 ) -> Any:
     """A module that stands where ``model`` stood, and computes the same within a memory budget.
@@ -73,6 +75,10 @@ def optimize(
     the activation peak and all weights). A weight that is mapped from a file, as ``from_pretrained`` and
     ``torch.load(mmap=True)`` leave it, is read from that; of the others, those that are to be read are moved to a file
     without a name in the folder, which is gone when they are. On the CPU alone.
+
+    A call that is no single graph, as a branch depends on data, runs as the model's own code, and the largest of its
+    submodules that are one graph are streamed, each within the budget; a warning says so. With ``fullgraph`` it is a
+    ``CaptureError``.
 
     With example inputs the model is captured and planned now, else at the first call. The weights are shared with
     ``model``, not copied. Inference only. Raises as ``plan`` does; nothing is changed then.
@@ -105,13 +111,18 @@ def optimize(
             "allow_recompute": allow_recompute,
             "backend": backend,
             "step_rehash": step_rehash,
+            "fullgraph": fullgraph,
         }
         return optimize_pipeline(model, keywords, _named(example_args, example_kwargs, call), disk)
     _refuse(call, "optimize", model)
     store = None if disk is None else Store(disk, lambda: [owner(model)[0]])
-    streamed = optimize_model(model, budget, allow_recompute, step_rehash, backend, store=store)
+    streamed = optimize_model(model, budget, allow_recompute, step_rehash, backend, store=store, fullgraph=fullgraph)
     if example_args is not None or example_kwargs is not None:
-        streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
+        try:
+            streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
+        except CaptureError as error:
+            if fullgraph or step_rehash is not None or not error.data_dependent:
+                raise
     return streamed
 
 

@@ -12,11 +12,13 @@ class FxstreamError(Exception):
 class CaptureError(FxstreamError):
     """The model could not be captured as one graph.
 
-    ``module_path`` is the path of the user's submodule that was running, ``source`` its file and line.
+    ``module_path`` is the path of the user's submodule that was running, ``source`` its file and line. It is
+    ``data_dependent`` where a branch, a number or a size depends on tensors' values.
     """
 
-    def __init__(self, message: str, *, module_path: str = "", source: str = "") -> None:
+    def __init__(self, message: str, *, module_path: str = "", source: str = "", data_dependent: bool = False) -> None:
         super().__init__(message)
+        self.data_dependent = data_dependent
         self.module_path = module_path
         self.source = source
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxstream.budget import Budget, Resident
 from fxstream.compile.regions import Region
@@ -18,6 +19,7 @@ from fxstream.passes.graph.snapshot import environment
 from fxstream.planned import Compiled, compile_call
 from fxstream.rehash.rehash import rehash_module
 from fxstream.rehash.settings import StepRehash
+from fxstream.submodules import Residents, Submodules
 
 
 def optimize_model(
@@ -28,12 +30,14 @@ def optimize_model(
     backend: str | None = None,
     resident: Callable[[Sequence[torch.Tensor]], Resident] | None = None,
     store: Store | None = None,
+    fullgraph: bool = False,
 ) -> StreamedModule:
     """A streamed module in place of ``model``, or with ``step_rehash`` one that skips steps.
 
     ``resident``, given a call's input tensors, says what the device holds beside them and the activations; by itself a
     module is taken to be alone there with the weights that the call uses. With a ``store`` weights may live on disk,
-    and ``resident`` tells what is held beside the module's own.
+    and ``resident`` tells what is held beside the module's own. A call that depends on data is refused with
+    ``fullgraph``, and else has its submodules streamed.
     """
 
     known: list[tuple[Any, Compiled]] = []
@@ -63,5 +67,10 @@ def optimize_model(
 
     if step_rehash is not None:
         return rehash_module(model, budget, step_rehash, allow_recompute, backend, resident, fits)
+
+    def stream(module: nn.Module, beside: Residents | None) -> StreamedModule:
+        return optimize_model(module, budget, allow_recompute, None, backend, beside or resident, store)
+
     region = Region(budget, backend, allow_recompute) if store is None else None
-    return StreamedModule(model, compiler, region, fits)
+    submodules = None if fullgraph else Submodules(model, budget, resident, stream)
+    return StreamedModule(model, compiler, region, fits, submodules)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxstream.compile.regions import Region
-from fxstream.errors import GradientError
+from fxstream.errors import CaptureError, GradientError
 from fxstream.passes.graph.call import Captured, Inputs
 from fxstream.passes.graph.capture import owner, roots_of_call
 from fxstream.passes.graph.numbers import LEAF, Guard, answers, owners_of
@@ -27,6 +27,7 @@ from fxstream.runtime.draws import generators_given
 if TYPE_CHECKING:
     from fxstream.planned import Compiled
     from fxstream.report import Plan
+    from fxstream.submodules import Submodules
 
 MOST_ALIKE = 4
 """Plans for calls that differ in a Python number alone, after which one more draws a warning."""
@@ -101,6 +102,7 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         compiler: Compiler,
         region: Region | None = None,
         fits: Check = always,
+        submodules: Submodules | None = None,
     ) -> None:
         super().__init__()
         module, function = owner(model)
@@ -115,6 +117,7 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         # What torch.compile can't have in its graph, it has to leave to Python.
         self._apart = None if region is not None else torch.compiler.disable(StreamedModule.forward)
         self._fits = fits
+        self._submodules = submodules
         self._compiled: dict[Any, Compiled] = {}
         self._read: dict[Any, frozenset[int]] = {}
         self._live: frozenset[Place] = frozenset()
@@ -173,10 +176,14 @@ class StreamedModule(nn.Module, metaclass=_Standing):
     def plans(self) -> tuple[Plan, ...]:
         """The plans made so far, in the order of their first calls."""
         made = {id(compiled.plan): compiled.plan for compiled in list(self._compiled.values())}
-        return (*made.values(), *(self._region.plans if self._region else ()))
+        others = self._submodules.plans if self._submodules is not None else ()
+        return (*made.values(), *(self._region.plans if self._region else ()), *others)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
-        """Capture and plan the call with these inputs, unless it was; runs nothing."""
+        """Capture and plan the call with these inputs, unless it was; runs nothing.
+
+        A call that is no single graph is a ``CaptureError``: it has to be run, for its submodules to be planned.
+        """
         return self._compiled_for(Inputs.of(args, kwargs), args, kwargs).plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +207,15 @@ class StreamedModule(nn.Module, metaclass=_Standing):
 
     def _streamed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         inputs = Inputs.of(args, kwargs)
-        compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
+        if self._submodules is not None and self._submodules.calls and self._call(inputs) in self._submodules.calls:
+            return self._submodules.run(args, kwargs)
+        try:
+            compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
+        except CaptureError as error:
+            if self._submodules is None or not error.data_dependent:
+                raise
+            self._submodules.take(self._call(inputs), error)
+            return self._submodules.run(args, kwargs)
         captured = compiled.captured
         captured.refuse_aliases(inputs.tensors)
         roots = roots_of_call(self.__dict__[TARGET], args, kwargs) if captured.state else {}

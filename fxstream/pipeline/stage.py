@@ -83,6 +83,7 @@ class Stage:
         self._pipeline, self._modules = weakref.ref(pipeline), modules_of(pipeline)
         self._made = made
         self._store: Store | None = keywords["store"]
+        self._fullgraph: bool = keywords.get("fullgraph", False)
         self.streamed = stream_method(module, method, self.resident, keywords)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +91,7 @@ class Stage:
         if any(_is_generator(x) for x in (*args, *kwargs.values())):
             others = tuple(None if _is_generator(x) else x for x in args)
             named = {name: None if _is_generator(x) else x for name, x in kwargs.items()}
-            if not self._draws(self.streamed.prepare(*others, **named)):
+            if not self._draws(others, named):
                 args, kwargs = others, named
         self._made.enter(self)
         result = self._run(args, kwargs)
@@ -127,14 +128,23 @@ class Stage:
 
     def plans(self, budget_bytes: int | None) -> list[StagePlan]:
         """The plans made so far."""
+        made = [*self.streamed._compiled.values()]
+        if self.streamed._submodules is not None:  # of these the one that holds most
+            made += sorted(self.streamed._submodules.compiled, key=lambda compiled: compiled.plan.peak_bytes)[-1:]
         return [
             stage_plan(self.component, None, compiled.plan, compiled.resident, budget_bytes, self._store is not None)
-            for compiled in self.streamed._compiled.values()
+            for compiled in made
             if compiled.resident is not None
         ]
 
-    def _draws(self, made: Any) -> bool:
-        """Whether what was planned draws random numbers."""
+    def _draws(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call draws random numbers; one that is no single graph may."""
+        try:
+            made = self.streamed.prepare(*args, **kwargs)
+        except CaptureError as error:
+            if self._fullgraph or not error.data_dependent:
+                raise
+            return True
         compiled = next(compiled for compiled in self.streamed._compiled.values() if compiled.plan is made)
         return any(map(draws, compiled.captured.graph_module.graph.nodes))
 

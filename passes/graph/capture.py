@@ -663,4 +663,5 @@ def _error(module: nn.Module, path: str, source: str, what: str, advice: str) ->
     line = linecache.getline(file, int(number)).strip() if source else ""
     message = f"could not capture {name} as one graph: in {path or name}" + (f" ({source})" if source else "")
     message += f"\n    {line}" if line else ""
-    return CaptureError(f"{message}\n  {what}\n  {advice}", module_path=path, source=source)
+    values = advice is _VALUES
+    return CaptureError(f"{message}\n  {what}\n  {advice}", module_path=path, source=source, data_dependent=values)
