@@ -633,7 +633,9 @@ def test_streaming_what_is_streamed(model, x, streamed):
 def test_its_class():
     """Both its own and the model's, which what loads and saves models asks for."""
     streamed = fxstream.optimize(Configured(), 0.5)
-    assert isinstance(streamed, StreamedModule) and StreamedModule is fxstream.StreamedModule
+    kind = type(streamed)
+    assert issubclass(kind, StreamedModule) and StreamedModule is fxstream.StreamedModule
+    assert kind in (Configured,) and kind not in (Block,) and hash(kind) == hash(Configured)
     assert isinstance(streamed, StreamedModule) and isinstance(streamed, Configured) and isinstance(streamed, nn.Module)
     assert not isinstance(streamed, Block)
     assert streamed.__class__ is Configured
