@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -219,7 +220,8 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         captured = compiled.captured
         captured.refuse_aliases(inputs.tensors)
         roots = roots_of_call(self.__dict__[TARGET], args, kwargs) if captured.state else {}
-        with torch.no_grad(), without_autocast(), _plain_weights(), generators_given(inputs.generators):
+        plain = torch._C.DisableTorchFunctionSubclass() if captured.dressed else nullcontext()
+        with torch.no_grad(), without_autocast(), plain, generators_given(inputs.generators):
             found = self._run(
                 compiled, (*inputs.tensors, *captured.state.read(roots), *self._numbers(captured, inputs))
             )
@@ -381,11 +383,6 @@ class StreamedModule(nn.Module, metaclass=_Standing):
             f"a streamed {type(self.__dict__['_original']).__name__} can't be copied or pickled: its plans belong to "
             "the model that it was made of. Keep the model, and optimize the copy"
         )
-
-
-def _plain_weights() -> Any:
-    """In a graph a weight of a class of its own is memory: what it makes of functions of torch is traced already."""
-    return torch._C.DisableTorchFunctionSubclass()
 
 
 def _forwarded(name: str) -> Callable[..., Any]:

@@ -74,9 +74,17 @@ def rehearse(pipeline: Any, call: Mapping[str, Any]) -> Rehearsal:
     _, cause = max(failed, key=lambda pair: len(pair[0].found))
     raise CaptureError(
         f"{type(pipeline).__name__} could not be gone through by shapes alone: {type(cause).__name__}: {cause}\n"
-        "  Pass what its call needs beside sizes, such as prompt_embeds=; or pass no sizes, and its stages are planned "
-        "when they are first called."
+        f"  Pass what its call needs beside sizes: it takes {_not_given(pipeline, call)} too. Or pass no sizes, and "
+        "its stages are planned when they are first called."
     ) from cause
+
+
+def _not_given(pipeline: Any, call: Mapping[str, Any]) -> str:
+    """The arguments of a call that were not given and have no value without; those that it has to have come first."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters.values()
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    open_ = [each for each in named if each.default in (None, each.empty) and each.name not in ("self", *call)]
+    return ", ".join(each.name for each in sorted(open_, key=lambda each: each.default is None)) or "nothing"
 
 
 def _completed(pipeline: Any, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -122,7 +122,8 @@ class Captured:
 
     ``result`` puts the user's result together from them. It is right for inputs alone whose tensors at the positions
     ``read`` have the values that they had, and where what is ``written`` to shares no memory with another. What follows
-    the result's tensors is for ``state.write``.
+    the result's tensors is for ``state.write``. Some of the weights of a ``dressed`` one are of classes of their own,
+    and have to be taken for plain memory: what those make of torch's functions is in the graph.
     """
 
     graph_module: fx.GraphModule
@@ -132,6 +133,7 @@ class Captured:
     read: tuple[int, ...] = ()
     state: State = NO_STATE
     written: tuple[str, ...] = ()
+    dressed: bool = False
 
     def refuse_aliases(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise ``CaptureError`` where an input or a weight that the call writes to lies over another of these."""

@@ -312,7 +312,8 @@ def _trace(
         taken, never = numbers.taken(), frozenset(numbers.told)
         state = replace(state, numbers=values_of, taken=taken, told=never, counted=tuple(counted))
     read = tuple(sorted(index for index in known.read if index < inputs.count))
-    captured = Captured(graph_module, inputs.without_tensors(), rest, spec, read, state, _written(graph_module.graph))
+    written_to = _written(graph_module.graph)
+    captured = Captured(graph_module, inputs.without_tensors(), rest, spec, read, state, written_to, bool(worn))
     captured.refuse_aliases(inputs.tensors)
     return captured
 

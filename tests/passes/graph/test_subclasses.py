@@ -187,3 +187,12 @@ def test_without_memory_they_are_of_their_class_too():
         x = torch.randn(256, 16)
     assert fxstream.plan(model, (x,), memory_budget=0.5).after.peak_bytes > 0
     assert isinstance(model.weight, Halved)
+
+
+def test_inputs_of_a_class_of_their_own_go_through_a_graph_of_plain_weights():
+    class Kept(torch.Tensor):
+        pass
+
+    model = nn.Linear(16, 16).requires_grad_(False)
+    streamed, x = fxstream.optimize(model, memory_budget="min"), torch.randn(8, 16).as_subclass(Kept)
+    assert type(streamed(x)) is type(model(x)) is Kept
