@@ -26,6 +26,18 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: owner(module)[0] for name, module in found.items()}
 
 
+def refuse_compiled(pipeline: Any) -> None:
+    """Raise ``ValueError`` where a component is what ``torch.compile`` made of one: that would be no stage."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and "_orig_mod" in part._modules:
+            kind = type(part._modules["_orig_mod"]).__name__
+            raise ValueError(
+                f"the pipeline's {name} is torch.compile({kind}), which can't be streamed: put the model itself there "
+                f'(pipe.{name} = pipe.{name}._orig_mod), and ask optimize for compile="inductor", or compile the '
+                "streamed one after"
+            )
+
+
 def streamed_methods(module: nn.Module) -> tuple[str, ...]:
     """The methods of a component that become stages: a codec's own, ``forward`` of what takes a time, or none."""
     if callable(getattr(module, "decode", None)):

@@ -15,7 +15,7 @@ from torch import nn
 from fxstream.budget import Budget
 from fxstream.disk import Disk, Store
 from fxstream.module import StreamedModule
-from fxstream.pipeline.components import modules_of, streamed_methods
+from fxstream.pipeline.components import modules_of, refuse_compiled, streamed_methods
 from fxstream.pipeline.offload import hook_again, hooks_removed, offloaded
 from fxstream.pipeline.plan import PipelinePlan, StagePlan
 from fxstream.pipeline.planning import plan_all
@@ -59,6 +59,7 @@ def optimize_pipeline(
     pipeline: Any, keywords: Mapping[str, Any], call: Mapping[str, Any], disk: Disk | None = None
 ) -> Any:
     """``optimize`` of a pipeline: each of its stages with ``keywords``; at once where ``call`` has arguments."""
+    refuse_compiled(pipeline)
     hooked = offloaded(pipeline)  # what can't be streamed is refused before anything is done
     store = _store(pipeline, disk)
     keywords = {**keywords, "store": store}
@@ -112,6 +113,7 @@ def plan_pipeline(
     installation = _installation(pipeline)
     if installation is not None and not call:
         return installation.plan()
+    refuse_compiled(pipeline)
     return plan_all(rehearse(pipeline, call), {**keywords, "store": _store(pipeline, disk)}, [])
 
 

@@ -68,6 +68,7 @@ class TestCompile:
         fxstream.optimize(pipeline, memory_budget="4GiB")
         pipeline.unet = torch.compile(pipeline.unet, backend="eager")
         close(pixels(pipeline, call), expected)
+        assert {stage.name for stage in fxstream.plan(pipeline).stages} == {"unet", "vae.decode"}
 
     def test_a_component_that_compiles_itself(self, diffusion):
         pipeline, call = diffusion
@@ -75,6 +76,24 @@ class TestCompile:
         fxstream.optimize(pipeline, memory_budget="4GiB")
         pipeline.unet.compile(backend="eager")
         close(pixels(pipeline, call), expected)
+
+    def test_one_compiled_before_is_refused(self, diffusion):
+        pipeline, _ = diffusion
+        unet = pipeline.unet
+        pipeline.unet = torch.compile(unet, backend="eager")
+        for function in (fxstream.optimize, fxstream.plan):
+            with pytest.raises(ValueError, match=r"pipeline's unet is torch.compile\(UNet2DConditionModel\)"):
+                function(pipeline, memory_budget="min")
+        pipeline.unet = pipeline.unet._orig_mod
+        assert fxstream.optimize(pipeline, memory_budget="min").unet is not unet
+
+    def test_one_that_compiles_itself_before(self, diffusion):
+        pipeline, call = diffusion
+        expected = pixels(pipeline, call)
+        pipeline.unet.compile(backend="eager")
+        fxstream.optimize(pipeline, memory_budget="4GiB")
+        close(pixels(pipeline, call), expected)
+        assert pipeline.unet.plans
 
 
 class TestStages:
