@@ -52,7 +52,8 @@ def test_report_of_a_published_model():
     assert places == sorted(places)
     assert "transformer_in" in done.stdout
     assert done.stdout.count("└") == 2
-    assert done.stderr == ""
+    # What diffusers imports where it is installed, for quantized weights, tells of itself.
+    assert not [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree" not in line]
 
 
 @pytest.mark.parametrize(
