@@ -43,5 +43,5 @@ def test_layers_of_diffusers_that_cast_by_hooks_are_streamed():
     apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
     x = torch.randn(256, 16)
     streamed = fxstream.optimize(model, memory_budget=0.5)
-    assert torch.equal(streamed(x), model(x)) and model[0].weight.dtype is torch.float8_e4m3fn
+    assert torch.allclose(streamed(x), model(x), atol=1e-5) and model[0].weight.dtype is torch.float8_e4m3fn
     assert streamed.plans[0].weight_bytes == 2 * 16 * 64 + 64 + 16

@@ -113,10 +113,10 @@ def test_a_weight_that_holds_others_is_captured_as_these():
 def test_it_is_streamed_and_what_is_written_into_it_is_seen():
     model, x = Wide(scaled), torch.randn(256, 16)
     streamed = fxstream.optimize(model, memory_budget=0.5)
-    assert torch.allclose(streamed(x), model(x))
+    assert torch.allclose(streamed(x), model(x), atol=1e-5)
     assert streamed.plans[0].weight_bytes == 64 * 16 * 4 + 64 * 4
     model.weight.factor.mul_(3)
-    assert torch.allclose(streamed(x), model(x)) and len(streamed.plans) == 1
+    assert torch.allclose(streamed(x), model(x), atol=1e-5) and len(streamed.plans) == 1
 
 
 def test_one_that_requires_a_gradient_is_captured():
@@ -143,9 +143,9 @@ def test_its_attributes_are_part_of_what_a_plan_is_made_for():
     streamed = fxstream.optimize(model, memory_budget=0.5)
     streamed(x)
     model.weight.by = 4.0
-    assert torch.allclose(streamed(x), model(x)) and len(streamed.plans) == 2
+    assert torch.allclose(streamed(x), model(x), atol=1e-5) and len(streamed.plans) == 2
     model.weight.by = 2.0
-    assert torch.allclose(streamed(x), model(x)) and len(streamed.plans) == 2
+    assert torch.allclose(streamed(x), model(x), atol=1e-5) and len(streamed.plans) == 2
 
 
 def test_what_a_forward_sets_in_one_is_set_after_a_call():
