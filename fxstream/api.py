@@ -121,7 +121,7 @@ def optimize(
         try:
             streamed.prepare(*(example_args or ()), **(example_kwargs or {}))
         except CaptureError as error:
-            if fullgraph or step_rehash is not None or not error.data_dependent:
+            if not streamed.runs_without_graph(error):
                 raise
     return streamed
 

@@ -16,7 +16,7 @@ from fxstream.compile.regions import Region
 from fxstream.errors import CaptureError, GradientError
 from fxstream.passes.graph.call import Captured, Inputs
 from fxstream.passes.graph.capture import owner, roots_of_call
-from fxstream.passes.graph.numbers import LEAF, Guard, answers, owners_of
+from fxstream.passes.graph.numbers import NOTHING_TAKEN, Taken, answers, is_leaf, owners_of
 from fxstream.passes.graph.parts import TARGET
 from fxstream.passes.graph.places import Place, value_at
 from fxstream.passes.graph.snapshot import Snapshot, environment
@@ -125,7 +125,7 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         self._asked: frozenset[Place] = frozenset()
         self._outside: dict[Any, frozenset[Place]] = {}
         self._unread: dict[Any, frozenset[Place]] = {}
-        self._taken: dict[Any, tuple[Mapping[Place, frozenset[Guard]], frozenset[Place]]] = {}
+        self._taken: dict[Any, Taken] = {}
         self._owners: dict[Any, tuple[Snapshot, list[tuple[Any, Any]]]] = {}
         self._states: dict[Any, int] = {}
         self._alike: dict[Any, tuple[int, int]] = {}
@@ -187,6 +187,10 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         """
         return self._compiled_for(Inputs.of(args, kwargs), args, kwargs).plan
 
+    def runs_without_graph(self, error: CaptureError) -> bool:
+        """Whether a call that is refused so is run by its submodules."""
+        return self._submodules is not None and error.data_dependent
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on these inputs.
 
@@ -213,8 +217,9 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         try:
             compiled = self._compiled_for(inputs, args, kwargs, inference=not torch.is_grad_enabled())
         except CaptureError as error:
-            if self._submodules is None or not error.data_dependent:
+            if not self.runs_without_graph(error):
                 raise
+            assert self._submodules is not None
             self._submodules.take(self._call(inputs), error)
             return self._submodules.run(args, kwargs)
         captured = compiled.captured
@@ -240,8 +245,8 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         """What tells this kind of call apart, the state of the model aside."""
         told = {}
         if inputs.floats:
-            taken, _ = self._taken.get(inputs.key(dict.fromkeys(inputs.floats)), ({}, frozenset()))
-            told = {place[1][1]: answers(inputs.rest[place[1][1]], guards) for place, guards in taken.items()}
+            taken = self._taken.get(inputs.key(dict.fromkeys(inputs.floats)), NOTHING_TAKEN).guards
+            told = {at: answers(inputs.rest[at], guards) for (_, (_, at)), guards in taken.items()}
         return inputs.key(told), environment()
 
     def _compiled_for(
@@ -283,12 +288,9 @@ class StreamedModule(nn.Module, metaclass=_Standing):
 
     def _take(self, call: Any, state: State, leaves: bool) -> None:
         """Note which numbers are values of the graphs of a kind of call, so that others of them are the same to it."""
-        known, never = self._taken.get(call, ({}, frozenset()))
-        here = {place: guards for place, guards in state.taken.items() if (place[0][1] == LEAF) == leaves}
-        told = never.union(place for place in state.told if (place[0][1] == LEAF) == leaves)
-        places = {*known, *here} - told
-        taken = {place: known.get(place, frozenset()) | here.get(place, frozenset()) for place in places}
-        self._taken[call] = taken, told
+        guards = {place: found for place, found in state.taken.items() if is_leaf(place) == leaves}
+        told = (place for place in state.told if is_leaf(place) == leaves)
+        self._taken[call] = self._taken.get(call, NOTHING_TAKEN).joined(guards, told)
 
     def _numbers(self, captured: Captured, inputs: Inputs) -> list[torch.Tensor]:
         """The numbers that a graph takes as values, as they are now."""
@@ -324,11 +326,12 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         if not self._snapshot.holds():
             self._see()
         unread, outside = self._unread.get(call, frozenset()), self._outside.get(call, frozenset())
-        taken, _ = self._taken.get(call, ({}, frozenset()))
-        hidden = unread, frozenset(taken.items())
+        taken = self._taken.get(call, NOTHING_TAKEN)
+        hidden = unread, taken.hidden
         if hidden not in self._present:
-            told = [answers(value_at(place, self._snapshot.roots), guards) for place, guards in taken.items()]
-            self._present[hidden] = self._number((self._snapshot.key(unread | taken.keys(), self._live), *told))
+            roots = self._snapshot.roots
+            told = [answers(value_at(place, roots), guards) for place, guards in taken.guards.items()]
+            self._present[hidden] = self._number((self._snapshot.key(unread | taken.guards.keys(), self._live), *told))
         if not outside:
             return self._present[hidden], 0
         values = {place: value_at(place, self._snapshot.roots) for place in sorted(outside, key=repr)}

@@ -62,14 +62,19 @@ def compile_call(
     """
     refuse_caches(model)
     began = time.perf_counter()
-    captured = capture(model, args, kwargs, live, lifting=True)
-    with internal_errors("normalizing", captured.graph_module):
-        normalize(captured.graph_module)
+    captured = normalized(capture(model, args, kwargs, live, lifting=True))
     for each in known:
         if each.resident == resident and same_call(each.captured.graph_module, captured.graph_module):
             return replace(each, captured=captured)
     planned = plan_captured(captured, budget, began, allow_recompute, resident, disk)
     return replace(planned, run=compiled_by(backend, planned.graph_module))
+
+
+def normalized(captured: Captured) -> Captured:
+    """A captured call with its graph normalized, in place."""
+    with internal_errors("normalizing", captured.graph_module):
+        normalize(captured.graph_module)
+    return captured
 
 
 @turn()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.errors import CaptureError
+from fxstream.live import Live
 from fxstream.passes.graph.capture import owner
 from fxstream.passes.graph.liveness import storages_of
-from fxstream.passes.graph.structure import flatten
 from fxstream.passes.graph.subclasses import weights_of
 from fxstream.passes.graph.turns import turn
 
@@ -47,7 +46,7 @@ class Submodules:
         self._budget, self._resident, self._stream = budget, resident, stream
         self._streamed: dict[str, tuple[nn.Module, Any]] = {}
         self._here = threading.local()
-        self.calls: dict[Any, CaptureError] = {}
+        self.calls: set[Any] = set()
 
     @property
     def compiled(self) -> Iterator[Compiled]:
@@ -74,7 +73,7 @@ class Submodules:
                 f"{error}",
                 stacklevel=2,
             )
-        self.calls[call] = error
+        self.calls.add(call)
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the model, its submodules streamed."""
@@ -166,26 +165,14 @@ def _routed(module: nn.Module, routes: Mapping[int, Callable[..., Any]]) -> Iter
         _ROUTES.reset(token)
 
 
-class _Live(TorchDispatchMode):
-    """Knows the storages that were made and that something still holds; ``most`` bytes were held at once."""
+class _Live(Live):
+    """Knows the most bytes that were held at once, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.most = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.add(result)
-        self.most = max(self.most, self.bytes(set()))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.most = max(self.most, self.bytes())
         return result
-
-    def add(self, result: Any) -> None:
-        for tensor in flatten(result)[0]:
-            storage = tensor.untyped_storage()
-            self._storages[storage._cdata] = weakref.ref(storage)
-
-    def bytes(self, apart: set[int]) -> int:
-        alive = {key: storage for key, ref in self._storages.items() if (storage := ref()) is not None}
-        self._storages = {key: self._storages[key] for key in alive}
-        return sum(storage.nbytes() for key, storage in alive.items() if key not in apart)

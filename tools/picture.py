@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fxstream.budget import format_bytes
+from fxstream.notebook import COLOURS
 from fxstream.tools.chart import UNITS
 from fxstream.tools.document import Document
 from fxstream.tools.errors import UsageError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BEFORE, AFTER, GROUP = "#d55e00", "#0072b2", "#6b6b6b"
+(BEFORE, AFTER), GROUP = COLOURS, "#6b6b6b"
 
 
 def check_available() -> None:

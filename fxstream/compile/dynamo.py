@@ -19,10 +19,8 @@ from fxstream.budget import Budget
 from fxstream.errors import GradientError, MemoryBudgetError
 from fxstream.passes.graph.call import Captured
 from fxstream.passes.graph.capture import FRAME, capture
-from fxstream.passes.graph.internal import internal_errors
-from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.turns import turn
-from fxstream.planned import plan_captured
+from fxstream.planned import normalized, plan_captured
 from fxstream.report import Plan
 
 _DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
@@ -68,9 +66,7 @@ def plan_graph(
             weights = {place for place in places if _is_weight(placeholders[place])}
             _weights_out(captured.graph_module, [place if place in weights else None for place in places])
             try:
-                with internal_errors("normalizing", captured.graph_module):
-                    normalize(captured.graph_module)
-                planned = plan_captured(captured, budget, began, allow_recompute)
+                planned = plan_captured(normalized(captured), budget, began, allow_recompute)
             except MemoryBudgetError as error:
                 error.args = (f"{_where(graph_module)}: {error}",)
                 raise

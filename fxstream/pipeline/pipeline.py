@@ -167,4 +167,4 @@ def _method(
             hook.pre_forward(streamed)
         return (original if installation.restored else function)(*args, **kwargs)
 
-    return functools.wraps(original)(method)
+    return method

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstream.budget import Resident
 from fxstream.errors import CaptureError
+from fxstream.live import Live
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.casts import casts_traced
 from fxstream.passes.graph.liveness import storages_of
@@ -124,7 +124,7 @@ class Rehearsal:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.modules = fake_copies(self.originals, self.mode)
         self.found: dict[Any, Rehearsed] = {}
-        self._live = _Live()
+        self._live = Live()
         self._on_device = Device(list(self.modules), hooks)
         weights = [weight for module in self.originals.values() for weight in weights_of(module)]
         fake = any(isinstance(weight, FakeTensor) or weight.is_meta for weight in weights)
@@ -304,25 +304,3 @@ def _key(inputs: Inputs) -> Any:
         return inputs.key()
     except ValueError:  # arrays and their like, told apart by identity
         return inputs.spec, tuple(map(id, inputs.rest)), tuple(tensor.shape for tensor in inputs.tensors)
-
-
-class _Live(TorchDispatchMode):
-    """Knows the storages that operators have made and that something still holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in flatten(result)[0]:
-            if not isinstance(tensor, FakeTensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = weakref.ref(storage)
-        return result
-
-    def bytes(self, apart: set[int]) -> int:
-        """Bytes of the storages that are alive, those with the keys ``apart`` not counted."""
-        alive = {key: storage for key, ref in self._storages.items() if (storage := ref()) is not None}
-        self._storages = {key: self._storages[key] for key in alive}
-        return sum(storage.nbytes() for key, storage in alive.items() if key not in apart)

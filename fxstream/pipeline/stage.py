@@ -83,7 +83,6 @@ class Stage:
         self._pipeline, self._modules = weakref.ref(pipeline), modules_of(pipeline)
         self._made = made
         self._store: Store | None = keywords["store"]
-        self._fullgraph: bool = keywords.get("fullgraph", False)
         self.streamed = stream_method(module, method, self.resident, keywords)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +141,7 @@ class Stage:
         try:
             made = self.streamed.prepare(*args, **kwargs)
         except CaptureError as error:
-            if self._fullgraph or not error.data_dependent:
+            if not self.streamed.runs_without_graph(error):
                 raise
             return True
         compiled = next(compiled for compiled in self.streamed._compiled.values() if compiled.plan is made)

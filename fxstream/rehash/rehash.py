@@ -21,11 +21,9 @@ from fxstream.caches import refuse_caches
 from fxstream.module import Check, StreamedModule, always
 from fxstream.passes.graph.call import Inputs
 from fxstream.passes.graph.capture import capture
-from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import profile
-from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.places import Place
-from fxstream.planned import compiled_by, fit_graph
+from fxstream.planned import compiled_by, fit_graph, normalized
 from fxstream.rehash.settings import StepRehash
 from fxstream.rehash.steps import Planned, RehashPlan, StepGraphs, places
 from fxstream.report import Plan
@@ -349,8 +347,7 @@ def rehash_module(
         held = None if resident is None else resident(Inputs.of(args, kwargs).tensors)
         captured = capture(model, args, kwargs, live)
         captured.state.refuse_tensors("Step Rehash")
-        with internal_errors("normalizing", captured.graph_module):
-            normalize(captured.graph_module)
+        normalized(captured)
         before, seconds = profile(captured.graph_module), time.perf_counter() - began
 
         def fit(graph_module: fx.GraphModule, held_bytes: int) -> tuple[Callable[..., Any], Plan]:

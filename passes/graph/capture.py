@@ -44,7 +44,7 @@ from fxstream.passes.graph.effects import memories, written_by
 from fxstream.passes.graph.generators import DrawError, Generators, States, kept_generators, moves_watched
 from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.known import KnownValues
-from fxstream.passes.graph.numbers import LEAF, Number, Numbers, leaf_places, number_places, told
+from fxstream.passes.graph.numbers import Number, Numbers, is_leaf, leaf_place, number_places, told
 from fxstream.passes.graph.parts import TARGET
 from fxstream.passes.graph.places import Place, put, value_at
 from fxstream.passes.graph.propagate import propagate_layouts
@@ -109,12 +109,11 @@ class _Flat(nn.Module):
 
     def _forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         numbers = self.numbers.stand_ins(tensors[-1]) if self.numbers.places else {}
-        rest = self.inputs.rest
-        leaves = [numbers.get(place, leaf) for place, leaf in zip(leaf_places(rest), rest, strict=True)]
+        leaves = [numbers.get(leaf_place(at), leaf) for at, leaf in enumerate(self.inputs.rest)]
         args, kwargs = replace(self.inputs, rest=tuple(leaves)).call(tensors)
         function = self.target[0]
         roots = roots_of_call(function, args, kwargs)
-        held = {place: number for place, number in numbers.items() if place[0][1] != LEAF}
+        held = {place: number for place, number in numbers.items() if not is_leaf(place)}
         before = Snapshot(roots, code=True)
         try:
             for place, number in held.items():
@@ -211,7 +210,8 @@ def capture(
     keywords = dict(kwargs or {})
     bind(target, args, keywords)
     roots = roots_of_call(target, args, keywords)
-    places = [*_floats(Inputs.of(args, keywords)), *number_places(Snapshot(roots, code=True))] if lifting else []
+    places = number_places(Snapshot(roots, code=True)) if lifting else []
+    places += map(leaf_place, Inputs.of(args, keywords).floats) if lifting else ()
     if places:
         with suppress(CaptureError):  # what it is refused for may be what stands in for a number
             return settled(lambda assumed: _undisturbed(target, args, keywords, assumed, places), roots, live)
@@ -259,13 +259,13 @@ def _trace(
     module, function = owner(target)
     roots = roots_of_call(target, args, kwargs)
     places = [place for place in places if not _is_assumed([place], assumed)]
-    held = [place for place in places if place[0][1] != LEAF]
+    held = [place for place in places if not is_leaf(place)]
     twin = Twin(module, apart={id(value_at(place[:-1], roots)) for place in held})
     detach_wrapped(twin.module)
     traced = twin.of(function)
     inputs = Inputs.of(args, kwargs)
     numbers = Numbers(
-        places, [inputs.rest[place[1][1]] if place[0][1] == LEAF else value_at(place, roots) for place in places]
+        places, [inputs.rest[place[1][1]] if is_leaf(place) else value_at(place, roots) for place in places]
     )
     results: list[tuple[tuple[Any, ...], pytree.TreeSpec, list[Effect], list[Place]]] = []
     before = Snapshot(roots, code=True)
@@ -316,10 +316,6 @@ def _trace(
     captured = Captured(graph_module, inputs.without_tensors(), rest, spec, read, state, written_to, bool(worn))
     captured.refuse_aliases(inputs.tensors)
     return captured
-
-
-def _floats(inputs: Inputs) -> list[Place]:
-    return [place for place, leaf in zip(leaf_places(inputs.rest), inputs.rest, strict=True) if type(leaf) is float]
 
 
 def _drop_unread(graph: fx.Graph) -> bool:

@@ -37,9 +37,11 @@ def casts_traced() -> Iterator[None]:
         return module
 
     def of(value: Tensor, made: Tensor) -> Tensor:
+        if made is value:
+            return value
         _, weight = cast.get(id(value), (value, value))
-        if made is value or (_layout(made) == _layout(weight) and _keeps(weight.dtype, value.dtype)):
-            return value if made is value else weight
+        if _layout(made) == _layout(weight) and _keeps(weight.dtype, value.dtype):
+            return weight
         cast[id(made)] = made, weight
         return made
 

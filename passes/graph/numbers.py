@@ -9,7 +9,7 @@ else makes the value itself a part of it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +34,12 @@ WITH_TENSORS = {
     *("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__"),
 }
 """Arithmetic of a tensor and a number that is the same with a tensor of no dimensions, to the last bit."""
+
+ASKING = """
+    abs ceil divmod float floor floordiv format hash int mod neg pos pow
+    rdivmod repr rfloordiv rmod round rpow str trunc
+"""
+"""What Python asks a float for its value by."""
 
 
 @dataclass
@@ -159,22 +165,8 @@ for _name in ("add", "sub", "mul", "truediv"):
     setattr(Number, f"__r{_name}__", _arithmetic(_name, swapped=True))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Number, f"__{_name}__", _comparison(_name))
-for _name in (
-    *(
-        "__abs__",
-        "__ceil__",
-        "__divmod__",
-        "__float__",
-        "__floor__",
-        "__floordiv__",
-        "__format__",
-        "__hash__",
-        "__int__",
-    ),
-    *("__mod__", "__neg__", "__pos__", "__pow__", "__rdivmod__", "__repr__", "__rfloordiv__", "__rmod__", "__round__"),
-    *("__rpow__", "__str__", "__trunc__"),
-):
-    setattr(Number, _name, _asked(_name))
+for _name in ASKING.split():
+    setattr(Number, f"__{_name}__", _asked(f"__{_name}__"))
 
 
 def number_places(snapshot: Snapshot) -> list[Place]:
@@ -197,9 +189,13 @@ def _is_held(place: Place) -> bool:
     return place[0] == ("root", "model") and all(kind in ("attribute", "item") for kind, _ in place[1:])
 
 
-def leaf_places(rest: Sequence[Any]) -> list[Place]:
-    """The places of a call's leaves."""
-    return [(("root", LEAF), ("item", index)) for index in range(len(rest))]
+def leaf_place(position: int) -> Place:
+    """The place of one of a call's leaves."""
+    return ("root", LEAF), ("item", position)
+
+
+def is_leaf(place: Place) -> bool:
+    return place[0][1] == LEAF
 
 
 def answers(value: float, guards: frozenset[Guard]) -> tuple[bool, ...]:
@@ -207,6 +203,28 @@ def answers(value: float, guards: frozenset[Guard]) -> tuple[bool, ...]:
     return tuple(getattr(operator, name)(value, constant) for name, constant in sorted(guards))
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What the graphs of a kind of call have shown of numbers: which are values, with their guards, and which are not.
+
+    ``hidden`` is equal where what is taken is.
+    """
+
+    guards: Mapping[Place, frozenset[Guard]] = field(default_factory=dict)
+    told: frozenset[Place] = frozenset()
+    hidden: frozenset[Any] = frozenset()
+
+    def joined(self, guards: Mapping[Place, frozenset[Guard]], told: Iterable[Place]) -> Taken:
+        """With what one more graph has shown."""
+        never = self.told.union(told)
+        places = {*self.guards, *guards} - never
+        both = {place: self.guards.get(place, frozenset()) | guards.get(place, frozenset()) for place in places}
+        return Taken(both, never, frozenset(both.items()))
+
+
+NOTHING_TAKEN = Taken()
+
+
 def owners_of(places: Sequence[Place], roots: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """The list or dictionary of each place, and where in it; None of a leaf."""
-    return [(None if place[0][1] == LEAF else value_at(place[:-1], roots), place[-1][1]) for place in places]
+    return [(None if is_leaf(place) else value_at(place[:-1], roots), place[-1][1]) for place in places]

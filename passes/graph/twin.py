@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxstream.passes.graph.parts import ABSENT, ATOMS, attributes_of, in_cell, is_plain
-from fxstream.passes.graph.structure import slots
+from fxstream.passes.graph.parts import ATOMS, in_cell, is_plain
+from fxstream.passes.graph.structure import attributes_of
 
 CONTAINERS = (dict, OrderedDict, list, tuple, set)
 OWN = {name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
@@ -66,7 +66,7 @@ class Twin:
         elif isinstance(value, set):
             copy.update(map(self.of, value))
         else:
-            for name, part in _attributes(value).items():
+            for name, part in attributes_of(value).items():
                 object.__setattr__(copy, name, self.of(part))
 
     def _frozen(self, value: Any) -> Any:
@@ -152,7 +152,7 @@ def _parts(value: Any) -> list[Any]:
         return [in_cell(value)]
     if kind is FunctionType:
         return [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, *vars(value).values()]
-    return list(_attributes(value).values()) if _is_object(value) else []
+    return list(attributes_of(value).values()) if _is_object(value) else []
 
 
 def _is_object(value: Any) -> bool:
@@ -160,8 +160,3 @@ def _is_object(value: Any) -> bool:
     kind = type(value)
     bases = (torch.Tensor, nn.Module, type, *CONTAINERS, frozenset, BaseException)
     return is_plain(kind) and not isinstance(value, bases) and kind.__new__ is object.__new__
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    named = {name: getattr(value, name, ABSENT) for name in slots(type(value))}
-    return {**attributes_of(value), **{name: part for name, part in named.items() if part is not ABSENT}}
