@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxstream.api import optimize, plan, restore
-    from fxstream.errors import CaptureError, FxstreamError, GradientError, InternalError, MemoryBudgetError
+    from fxstream.errors import (
+        CaptureError,
+        DeviceMemoryError,
+        FxstreamError,
+        GradientError,
+        InternalError,
+        MemoryBudgetError,
+    )
     from fxstream.module import StreamedModule
+    from fxstream.passes.machine.absent import fake_on
     from fxstream.pipeline.plan import PipelinePlan
     from fxstream.rehash.calibrate import calibrate
     from fxstream.rehash.calibration import Calibration
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "CaptureError",
+    "DeviceMemoryError",
     "FxstreamError",
     "GradientError",
     "InternalError",
@@ -30,6 +39,7 @@ __all__ = [
     "StepRehash",
     "StreamedModule",
     "calibrate",
+    "fake_on",
     "optimize",
     "plan",
     "restore",
@@ -38,6 +48,7 @@ __all__ = [
 _HOME = {
     "Calibration": "rehash.calibration",
     "CaptureError": "errors",
+    "DeviceMemoryError": "errors",
     "FxstreamError": "errors",
     "GradientError": "errors",
     "InternalError": "errors",
@@ -49,6 +60,7 @@ _HOME = {
     "StepRehash": "rehash.settings",
     "StreamedModule": "module",
     "calibrate": "rehash.calibrate",
+    "fake_on": "passes.machine.absent",
     "optimize": "api",
     "plan": "api",
     "restore": "api",

@@ -13,7 +13,10 @@ for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS[f"{_prefix}B"] = 1000**_power
     _UNITS[f"{_prefix}IB"] = 1024**_power
 
-_FORMS = 'use "6GiB" or an int of bytes (weights, inputs and activations), a float in (0, 1), or "min"'
+_FORMS = (
+    'use "6GiB" or an int of bytes (weights, inputs and activations), a float in (0, 1), "min", or "device" for what '
+    "is free of a CUDA card"
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Budget:
 
     @staticmethod
     def parse(budget: str | int | float) -> Budget:
-        """``"6GiB"``, ``"800MB"``, an int of bytes, a float in (0, 1), or ``"min"``; numbers of numpy's, too.
+        """``"6GiB"``, ``"800MB"``, an int of bytes, a float in (0, 1), ``"min"`` or ``"device"``; numpy's numbers, too.
 
-        Raises ``ValueError`` for anything else.
+        Raises ``ValueError`` for anything else, and for ``"device"`` where there is no card.
         """
         if isinstance(budget, Rational):
             fits = isinstance(budget, Integral) and not isinstance(budget, bool)
@@ -44,6 +47,10 @@ class Budget:
             return Budget(share=float(budget))
         if isinstance(budget, str) and budget.strip().lower() == "min":
             return Budget()
+        if isinstance(budget, str) and budget.strip().lower() == "device":
+            from fxstream.passes.machine.card import free_bytes  # and with it torch
+
+            return Budget(total_bytes=free_bytes())
         size = _bytes(budget) if isinstance(budget, str) else budget
         if size <= 0:
             raise ValueError(f"memory_budget {budget!r} is not more than nothing: {_FORMS}")

@@ -42,6 +42,21 @@ class MemoryBudgetError(FxstreamError):
         self.plan = plan
 
 
+class DeviceMemoryError(FxstreamError):
+    """A streamed call ran out of the device's memory, though its plan is within the budget.
+
+    ``plan`` is that plan. ``allocated_bytes`` and ``reserved_bytes`` are what torch's allocator had in use and had
+    taken of the card when the error was raised, ``free_bytes`` what nobody had.
+    """
+
+    def __init__(self, message: str, *, plan: Any, allocated_bytes: int, reserved_bytes: int, free_bytes: int) -> None:
+        super().__init__(message)
+        self.plan = plan
+        self.allocated_bytes = allocated_bytes
+        self.reserved_bytes = reserved_bytes
+        self.free_bytes = free_bytes
+
+
 class GradientError(FxstreamError):
     """A streamed module was called where autograd would record; it runs inference only."""
 

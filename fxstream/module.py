@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from fxstream.card import memory_errors
 from fxstream.compile.regions import Region
 from fxstream.errors import CaptureError, GradientError
 from fxstream.passes.graph.call import Captured, Inputs
@@ -227,9 +228,9 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         roots = roots_of_call(self.__dict__[TARGET], args, kwargs) if captured.state else {}
         plain = torch._C.DisableTorchFunctionSubclass() if captured.dressed else nullcontext()
         with torch.no_grad(), without_autocast(), plain, generators_given(inputs.generators):
-            found = self._run(
-                compiled, (*inputs.tensors, *captured.state.read(roots), *self._numbers(captured, inputs))
-            )
+            tensors = (*inputs.tensors, *captured.state.read(roots), *self._numbers(captured, inputs))
+            with memory_errors(compiled.plan):
+                found = self._run(compiled, tensors)
             call = self._call(inputs) if captured.state.again else None
             before = self._state(call) if captured.state.again else (0, 0)
             captured.changes(roots, found)

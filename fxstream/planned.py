@@ -12,6 +12,7 @@ from torch import fx
 
 from fxstream.budget import Budget, Resident, format_bytes
 from fxstream.caches import refuse_caches
+from fxstream.card import fit_to_card, is_on_card
 from fxstream.disk import Disk, kept_weights
 from fxstream.errors import MemoryBudgetError
 from fxstream.passes.graph.call import ROOT, Captured
@@ -20,10 +21,12 @@ from fxstream.passes.graph.internal import internal_errors
 from fxstream.passes.graph.liveness import MemoryProfile, profile
 from fxstream.passes.graph.normalize import normalize
 from fxstream.passes.graph.places import Place
+from fxstream.passes.graph.reserve import reserve_of
 from fxstream.passes.graph.settle import same_call
 from fxstream.passes.graph.turns import turn
+from fxstream.passes.machine.card import OVERHEAD
 from fxstream.passes.offload import offload
-from fxstream.passes.stream import stream
+from fxstream.passes.stream import Streamer
 from fxstream.report import Plan, make_plan
 
 
@@ -119,13 +122,24 @@ def fit_graph(
         allowed: int | None = before.peak_bytes
     else:
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
+    beside = max(0, held + held_bytes - before.weight_bytes - int(before.input_bytes))
+    total = None if budget is None or not is_on_card(graph_module) else budget.total_bytes
     with internal_errors("planning", graph_module):
-        streamed = stream(graph_module, allowed, allow_recompute)
-        if allowed is not None and streamed.after.peak_bytes > allowed:
-            streamed = stream(graph_module, None, allow_recompute)  # which may end within the budget
-        made = make_plan(before, streamed, allowed, {"capture": seconds, "planning": time.perf_counter() - planning})
-    if budget is not None and allowed is not None and streamed.after.peak_bytes > allowed:
-        raise _budget_error(made, budget, allowed, held, held_bytes, resident)
+        streamer, reserve = Streamer(graph_module, allow_recompute), None
+        if total is None or allowed is None:
+            streamed = streamer(allowed)
+        else:
+            allowed -= OVERHEAD
+            streamed, reserve = fit_to_card(streamer, allowed, total, beside)
+        if reserve is None and is_on_card(graph_module):
+            reserve = reserve_of(streamed.graph_module, (beside,))
+        times = {"capture": seconds, "planning": time.perf_counter() - planning}
+        made = make_plan(graph_module, before, streamed, allowed, times, reserve=reserve)
+    over = allowed is not None and streamed.after.peak_bytes > allowed
+    if total is not None and reserve is not None:
+        over = over or reserve.reserved + OVERHEAD > total
+    if budget is not None and allowed is not None and over:
+        raise _budget_error(made, budget, allowed, held, held_bytes, resident, total=total)
     return written(streamed.graph_module), made
 
 
@@ -150,7 +164,7 @@ def fit_with_weights(
         kept = kept_weights(graph_module)
         block, homes = offload(graph_module, limit, allow_recompute, kept, disk.folder or "")
         times = {"capture": seconds, "planning": time.perf_counter() - planning}
-        made = make_plan(before, block, limit, times, homes)
+        made = make_plan(graph_module, before, block, limit, times, homes)
     if limit is not None and homes.peak_bytes > limit:
         raise _budget_error(made, budget, limit, held, 0, resident, kept)
     return written(block.graph_module), made
@@ -173,6 +187,7 @@ def _budget_error(
     cached: int,
     resident: Resident | None,
     kept: Collection[str] | None = None,
+    total: int | None = None,
 ) -> MemoryBudgetError:
     offloaded = kept is not None
     account = "weights, inputs and activations"
@@ -180,6 +195,9 @@ def _budget_error(
         account = "weights and activations" if offloaded else "activations alone"
     extra = cached if budget.share is not None else held + cached
     lowest = made.after.peak_bytes + extra + (made.after.weight_bytes if offloaded else 0)
+    if total is not None and made.reserve is not None:
+        account, extra = "all that the process holds of the card", total - allowed
+        lowest = made.reserve.reserved + OVERHEAD
     largest = made.after.holders[0] if made.after.holders else None
     where = made.after.nodes[made.after.peak_index]
     stage = resident.stage if resident else ""

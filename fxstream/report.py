@@ -8,11 +8,14 @@ from itertools import groupby, takewhile
 from typing import TypeVar
 
 from tabulate import tabulate
+from torch import fx
 
 from fxstream.budget import format_bytes
 from fxstream.notebook import blocks, timeline
 from fxstream.passes.graph.capture import module_path
+from fxstream.passes.graph.launches import launches
 from fxstream.passes.graph.liveness import MemoryProfile
+from fxstream.passes.graph.reserve import Reserve
 from fxstream.passes.machine.kept import machine_name
 from fxstream.passes.planning.barriers import Barrier, barriers, unmeasured
 from fxstream.passes.planning.homes import Homes
@@ -75,7 +78,9 @@ class Plan:
 
     ``barriers`` are the operators without a rule that axes stop at. ``seconds`` maps "capture" and "planning" to the
     time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
-    ``added_flops`` are the floating point operations of values that are computed again. ``machine`` is the one whose
+    ``added_flops`` are the floating point operations of values that are computed again. ``launches`` are the kernels
+    that a call runs, before and after; ``reserve`` is what torch's allocator takes of a CUDA card for all that the
+    call holds, None elsewhere. ``machine`` is the one whose
     kernels' workspaces are counted; ``unmeasured`` are the operators whose workspace is not known there, and counts as
     none. ``fetched`` are the weights that live on disk, of which ``after`` counts as weights none, and ``spilled`` the
     activations that do, of which it counts what loops' slices have in memory.
@@ -88,6 +93,8 @@ class Plan:
     budget_bytes: int | None
     seconds: dict[str, float]
     added_flops: int = 0
+    launches: tuple[int, int] = (0, 0)
+    reserve: Reserve | None = None
     machine: str = ""
     unmeasured: tuple[Barrier, ...] = ()
     fetched: tuple[FetchedWeight, ...] = ()
@@ -154,6 +161,11 @@ class Plan:
         rows["all"] = sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values())
         table = [[name, *map(format_bytes, sizes)] for name, sizes in rows.items()]
         text = tabulate(table, headers=["", "before", "after"], stralign="right")
+        text += f"\n\nKernels launched: {self.launches[0]:,} before, {self.launches[1]:,} after"
+        if self.reserve is not None:
+            kind = "expandable segments" if self.reserve.expandable else "segments that don't expand"
+            text += f"\n\nOf the card, with {kind}: {format_bytes(self.reserve.allocated)} allocated, "
+            text += f"{format_bytes(self.reserve.reserved)} reserved, beside a context"
         if self.added_flops:
             text += f"\n\nValues computed again: {self.added_flops / 1e9:,.1f} GFLOP"
         if self.fetched:
@@ -228,13 +240,15 @@ class Plan:
 
 
 def make_plan(
+    model: fx.GraphModule,
     before: MemoryProfile,
     block: Block,
     budget_bytes: int | None,
     seconds: dict[str, float],
     homes: Homes | None = None,
+    reserve: Reserve | None = None,
 ) -> Plan:
-    """The plan that a streamed graph carries out."""
+    """The plan that a streamed graph carries out; ``model`` is the graph as it was captured, with its profile."""
     position = {name: index for index, name in enumerate(before.nodes)}
     groups = tuple(_groups(block, position, (), 0))
     after, blocked = _unfolded(block), barriers(block.program)
@@ -245,7 +259,9 @@ def make_plan(
         fetched = tuple(FetchedWeight(weight.name, weight.bytes, times, inside) for weight, times, inside in stays)
         fetched += tuple(FetchedWeight(lookup.name, lookup.bytes, 1, "") for lookup in homes.lookups)
     moved = fetched, block.spills
-    return Plan(before, after, groups, blocked, budget_bytes, seconds, block.added_flops, machine, unknown, *moved)
+    launched = launches(model), launches(block.graph_module)
+    made = block.added_flops, launched, reserve, machine, unknown
+    return Plan(before, after, groups, blocked, budget_bytes, seconds, *made, *moved)
 
 
 def _unfolded(block: Block) -> MemoryProfile:

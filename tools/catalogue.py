@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
+
+from fxstream.passes.machine.absent import fake_on
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -487,9 +490,25 @@ def build(
 @contextmanager
 def building(device: torch.device | str, fake: bool) -> Iterator[None]:
     """Models and tensors made inside are on ``device``; with ``fake`` they are fake, of one FakeTensorMode."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    with mode, torch.device(device), torch.no_grad():
-        yield
+    if fake:
+        with fake_on(device):
+            yield
+    else:
+        with torch.device(device), torch.no_grad():
+            yield
+
+
+def placed(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with all that it holds on the default device: some classes make a parameter from a list of numbers."""
+    device = torch.get_default_device()
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for held in tables:
+            for name, value in held.items():
+                if value is not None and value.device != device:
+                    moved = value.detach().to(device)
+                    held[name] = Parameter(moved, value.requires_grad) if isinstance(value, Parameter) else moved
+    return model
 
 
 def small(
@@ -501,11 +520,12 @@ def small(
     width: int = 32,
     batch: int = 2,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Returns a model (or its method) of the same class with few channels and random weights, with its args and kwargs.
 
     `name` may be an entry itself. `height` and `width` are those of the latent. The same seed gives the same weights
-    and inputs.
+    and inputs, on whatever device.
     """
     entry = name if isinstance(name, Entry) else _entry(name)
     config = {**entry.config, **entry.small}
@@ -517,7 +537,9 @@ def small(
         _randomise_constants(model)
         args, kwargs = entry.inputs(config, shape, dtype)
     # Not `model.to`, which diffusers answers with a warning.
-    return _called(torch.nn.Module.to(model, dtype), entry), args, kwargs
+    model = torch.nn.Module.to(model, device=device, dtype=dtype)
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+    return _called(model, entry), args, kwargs
 
 
 def _called(model: torch.nn.Module, entry: Entry) -> Callable[..., Any]:
@@ -533,7 +555,7 @@ def _entry(name: str) -> Entry:
 
 def _construct(entry: Entry, config: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     with default_dtype(dtype):
-        model = pkgutil.resolve_name(entry.class_path)(**config)
+        model = placed(pkgutil.resolve_name(entry.class_path)(**config))
     return model.eval().requires_grad_(False)
 
 

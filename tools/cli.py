@@ -190,7 +190,10 @@ def _size(command: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--dtype", metavar="DTYPE", choices=DTYPES, help=", ".join(DTYPES) + " (default: float16; with --small float32)"
     )
-    size.add_argument("--device", default="cpu", help="where it would run, such as cuda (default: cpu)")
+    size.add_argument(
+        "--device",
+        help="where it would run, such as cpu (default: cuda, here or not; to be run, the CPU without a card)",
+    )
     size.add_argument("--component", help="which model of a pipeline's folder: unet, transformer or vae")
     size.add_argument(
         "--small", action="store_true", help="the catalogue's model with few channels, which any CPU runs"

@@ -61,7 +61,7 @@ MEASURES: dict[str, Callable[[Document], int]] = {
 FACTS: dict[str, Callable[[Document], Any]] = {
     "model": lambda plan: plan["model"],
     "inputs ": lambda plan: ", ".join(plan["inputs"]),
-    "device": lambda plan: plan["device"],
+    "planned for": lambda plan: plan["machine"],
     "budget": lambda plan: plan["budget"],
     "operators": lambda plan: len(plan["before"]["nodes"]),
     "loops": lambda plan: len(plan["groups"]),

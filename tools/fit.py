@@ -33,7 +33,7 @@ from fxstream.tools.inspection import check_real, planned
 from fxstream.tools.measure import measure_peak
 from fxstream.tools.progress import progress
 from fxstream.tools.targets import Size, Target, load
-from fxstream.tools.turns import median_ratio
+from fxstream.tools.turns import finish, median_ratio
 
 MOST_FRAMES, MOST_PIXELS = 1024, 8192
 """The largest sizes that are tried."""
@@ -269,6 +269,7 @@ def _measured(target: Target, graph_modules: Sequence[fx.GraphModule], quiet: bo
                 for graph_module, times in zip(graph_modules, seconds, strict=True):
                     began = time.perf_counter()
                     graph_module(*tensors)
+                    finish()
                     times.append(time.perf_counter() - began)
     return {
         number: {

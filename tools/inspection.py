@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(name: str, args: argparse.Namespace) -> Inspected:
     """Builds, captures, plans and, where it was asked for, runs a target."""
-    size = Size(args.frames, args.height, args.width, args.batch, args.dtype, args.device)
+    device = args.device or ("cpu" if args.offload else None)  # values are on disk on a CPU alone
+    size = Size(args.frames, args.height, args.width, args.batch, args.dtype, device)
     with progress(f"building {name}", args.quiet):
         target = load(name, size, component=args.component, small=args.small, fake=not args.measure)
     with progress("capturing and planning", args.quiet):
@@ -79,7 +80,7 @@ def inspect(name: str, args: argparse.Namespace) -> Inspected:
         "target": target.name,
         "model": target.kind,
         "inputs": target.inputs(),
-        "device": args.device,
+        "device": target.device,
         "budget": args.budget,
         "fits": text.fits(compiled.plan, args.budget),
         "measured": None,

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,26 @@ class AllocatorEvent:
 def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Measured:
     """Calls `fn(*args, **kwargs)` and measures the peak of the bytes that it allocates.
 
-    On the GPU if a parameter of `fn` or a tensor among the arguments is on one, else on the CPU. Run it under
-    `torch.no_grad()`, or autograd's saved tensors count too. On the CPU a free of a tensor that was there before the
-    call can go unseen, which can only raise the peak.
+    On the GPU if a parameter of `fn` or a tensor among the arguments is on one, or if it allocates there, else on the
+    CPU. Run it under `torch.no_grad()`, or autograd's saved tensors count too. On the CPU a free of a tensor that was
+    there before the call can go unseen, which can only raise the peak.
     """
     device = _cuda_device(fn, args, kwargs)
-    if device is None:
+    if device is not None:
+        return _measured_on(device, fn, args, kwargs)
+    if torch.cuda.is_initialized():  # a function may have tensors of its own
+        traced = _measured_on(torch.device("cuda"), allocator_trace, (fn, *args), kwargs)
+        result, events = traced.result
+        if traced.peak_bytes:
+            return replace(traced, result=result)
+    else:
         result, events = allocator_trace(fn, *args, **kwargs)
-        live = list(accumulate((event.delta_bytes for event in events), initial=0))
-        return Measured(result, peak_bytes=max(live), final_bytes=live[-1])
+    live = list(accumulate((event.delta_bytes for event in events), initial=0))
+    return Measured(result, peak_bytes=max(live), final_bytes=live[-1])
+
+
+def _measured_on(device: torch.device, fn: Callable[..., Any], args: Any, kwargs: Any) -> Measured:
+    """A call measured by the caching allocator of a card, from when all that was there is done until it is done."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -41,19 +41,28 @@ SMALL = {"frames": 5, "height": 192, "width": 256, "batch": 2}
 
 @dataclass(frozen=True)
 class Size:
-    """What the options say of the call; None where they are silent. Height and width are pixels of the video."""
+    """What the options say of the call; None where they are silent. Height and width are pixels of the video.
+
+    Silence on the device means a CUDA card, here or not, or where the call is to be run and there is none, the CPU.
+    """
 
     frames: int | None = None
     height: int | None = None
     width: int | None = None
     batch: int | None = None
     dtype: str | None = None
-    device: str = "cpu"
+    device: str | None = None
 
     def given(self) -> dict[str, int]:
         """The sizes that were given."""
         sizes = {key: getattr(self, key) for key in ("frames", "height", "width", "batch")}
         return {key: value for key, value in sizes.items() if value is not None}
+
+    def placed(self, fake: bool) -> Size:
+        """The same with a device."""
+        import torch
+
+        return replace(self, device=self.device or ("cuda" if fake or torch.cuda.is_available() else "cpu"))
 
     def replaced(self, sizes: Mapping[str, int]) -> Size:
         """The same with other frames, height or width."""
@@ -89,6 +98,14 @@ class Target:
         name = type(self.model).__name__
         return name if self.call is self.model else f"{name}.{self.call.__name__}"
 
+    @property
+    def device(self) -> str:
+        """The kind of device that it stands on."""
+        from fxstream.passes.graph.call import Inputs
+
+        tensors = [*self.model.parameters(), *Inputs.of(self.args, self.kwargs).tensors]
+        return max(tensors, key=lambda tensor: tensor.nbytes).device.type if tensors else "cpu"
+
     def inputs(self) -> list[str]:
         """The tensors of the call, as ``"sample 2x14x8x72x128 float16"``."""
         import torch
@@ -122,7 +139,9 @@ def load(target: str, size: Size, *, component: str | None = None, small: bool =
     Raises ``UsageError`` for one that can't be made.
     """
     check(target)
-    _check_device(size.device, fake)
+    if ":" not in target or Path(target).exists():
+        size = size.placed(fake)
+        _check_device(str(size.device), fake)
     if component is not None and not _is_pipeline(Path(target)):
         raise UsageError(f"--component is for a pipeline's folder, with a {PIPELINE}; {target} is none")
     if target in NAMES:
@@ -152,7 +171,6 @@ def _check_device(device: str, fake: bool) -> None:
 
 
 def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
-    import torch
 
     from fxstream.tools import catalogue
 
@@ -160,22 +178,17 @@ def _named(name: str, size: Size, small: bool, fake: bool) -> Target:
     dtype = _dtype(size.dtype or ("float32" if small else "float16"))
     shape = entry.shape.resized(**{**(SMALL if small else {}), **size.given()})
     sizes = {"frames": shape.frames, "height": shape.height, "width": shape.width, "batch": shape.batch}
-    if small:
+    assert size.device is not None
+    if small and not fake:
         latent = dict(zip(("height", "width"), shape.latent, strict=True))
-        made = _moved(catalogue.small(name, dtype=dtype, **{**sizes, **latent}), size.device)
+        made = catalogue.small(name, dtype=dtype, **{**sizes, **latent}, device=size.device)
     else:
-        made = catalogue.build(name, **sizes, dtype=dtype, device=size.device, fake=fake)
+        built = replace(entry, config={**entry.config, **entry.small}) if small else entry
+        made = catalogue.build(built, **sizes, dtype=dtype, device=size.device, fake=fake)
     call, args, kwargs = made
-    model = call if isinstance(call, torch.nn.Module) else call.__self__
+    model: Any = call
+    model = getattr(model, "__self__", model)
     return Target(name, model, call, args, kwargs, shape, _steps(model, call is model))
-
-
-def _moved(made: Any, device: str) -> Any:
-    from torch.utils._pytree import tree_map
-
-    return (
-        tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, made) if device != "cpu" else made
-    )
 
 
 def _method(model: torch.nn.Module, name: str) -> Callable[..., Any]:
@@ -184,13 +197,14 @@ def _method(model: torch.nn.Module, name: str) -> Callable[..., Any]:
 
 def _configured(path: Path, size: Size, component: str | None, fake: bool) -> Target:
     """A model by its configuration: a file, its folder, or a component of a pipeline's folder."""
-    from fxstream.tools.catalogue import CATALOGUE, building, default_dtype
+    from fxstream.tools.catalogue import CATALOGUE, building, default_dtype, placed
 
     file = _configuration_file(path, component)
     config = _read(file)
     kind = _class(config, file)
     dtype = _dtype(size.dtype or "float16")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    assert size.device is not None
     with building(size.device, fake):
         try:
             with default_dtype(dtype):
@@ -199,7 +213,7 @@ def _configured(path: Path, size: Size, component: str | None, fake: bool) -> Ta
             raise UsageError(
                 f"{kind.__name__} can't be built from {file} ({one_line(error)}); check its values"
             ) from error
-        model.eval().requires_grad_(False)
+        placed(model.eval().requires_grad_(False))
         entry = next((e for e in CATALOGUE.values() if e.class_path.endswith(f":{kind.__name__}")), None)
         method = _inspected_method(model, entry)
         shape = (entry.shape if entry else _shape(model.config, method)).resized(**size.given())
@@ -309,7 +323,7 @@ def _made(target: str, size: Size) -> Target:
     options: dict[str, Any] = size.given()
     if size.dtype is not None:
         options["dtype"] = _dtype(size.dtype)
-    if size.device != "cpu":
+    if size.device is not None:
         options["device"] = size.device
     taken = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):

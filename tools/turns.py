@@ -43,6 +43,14 @@ def median_ratio(seconds: Iterable[float], others: Iterable[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
+def finish() -> None:
+    """Wait until an accelerator has done what it was given: it may do so while the caller goes on."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def take_turns(prepare: Prepare, names: Sequence[str], rounds: int) -> dict[str, Turn]:
     """Prepare the ways in turn, each in a new process, then run them in turn as often as there are rounds."""
     context = get_context("spawn")
@@ -70,4 +78,5 @@ def _serve(prepare: Prepare, name: str, pipe: Connection) -> None:
     while pipe.recv() == AGAIN:
         began = time.perf_counter()
         run()
+        finish()
         pipe.send(time.perf_counter() - began)

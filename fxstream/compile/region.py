@@ -162,7 +162,8 @@ def _key(graph_module: fx.GraphModule, compiler: str) -> str:
     digest = hashlib.sha256(f"{compiler} {identity(graph_module)}".encode())
     with _disable_current_modes():
         for node in graph_module.graph.find_nodes(op="get_attr"):  # constants; weights are inputs here
-            digest.update(bytes(attrgetter(str(node.target))(graph_module).clone().untyped_storage()))
+            value = attrgetter(str(node.target))(graph_module).detach().cpu()
+            digest.update(bytes(value.clone().untyped_storage()))
     return digest.hexdigest()
 
 

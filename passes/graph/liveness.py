@@ -8,6 +8,7 @@ apart: they are the caller's. During a node its inputs, its outputs and its tran
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,6 +132,15 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def device_of(graph_module: fx.GraphModule) -> torch.device:
+    """The device of most bytes that a graph reads and makes."""
+    sizes: Counter[torch.device] = Counter()
+    for node in graph_module.graph.nodes:
+        for tensor in tensors_of(node.meta.get("val")) if node.op != "output" else ():
+            sizes[tensor.device] += bytes_of(tensor)
+    return max(sizes, key=sizes.__getitem__, default=torch.device("cpu"))
 
 
 def bytes_of(value: Any) -> int:

@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
+
+from fxstream.passes.graph.layouts import layouts_on
 
 aten = torch.ops.aten
 
@@ -54,9 +55,10 @@ def evaluate(node: fx.Node) -> Any:
         return fake_tensor(mode, *known[key])
     value = target(*args, **kwargs)
     if target in VIEWS and 1 in value.shape:
-        return _restrided(value, args[0], lambda meta: target(meta, *args[1:], **kwargs))
-    if target in LAYOUTS and args[0].device.type == "cpu":
-        value = _laid_out(value, args[0], lambda meta: LAYOUTS[target](meta, *args[1:]))
+        return _restrided(value, on_meta(target, *args, **kwargs).stride())
+    layout = layouts_on(args[0].device).get(target) if args and isinstance(args[0], torch.Tensor) else None
+    if layout is not None:
+        value = _laid_out(value, on_meta(layout, *args, **kwargs).stride())
     if key is not None and type(value) is FakeTensor and _is_new(value, args, kwargs):
         known[key] = tuple(value.shape), value.stride(), value.dtype, value.device
     return value
@@ -107,54 +109,27 @@ def fake_tensor(
         return FakeTensor(mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
 
 
-def _restrided(value: torch.Tensor, source: torch.Tensor, real: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """A fake value with the strides that the real one has in dimensions of size 1: kernels choose layouts by them."""
-    stride = _on_meta(source, real).stride()
-    return value if stride == value.stride() else value.as_strided(value.shape, stride)
+def _restrided(value: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """A fake value with the strides that the real one has, also in dimensions of size 1: kernels choose by them."""
+    return value if tuple(stride) == value.stride() else value.as_strided(value.shape, stride)
 
 
-def _on_meta(source: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What torch's own kernels make of a tensor of that layout, outside of any fake mode."""
+def on_meta(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What torch's own kernels make of tensors of such layouts, outside of any fake mode."""
     with unset_fake_temporarily():
-        return function(torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta"))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _without_memory, (args, kwargs))
+        return function(*args, **kwargs)
 
 
-def _suggested(input: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Channels last where the input is, else contiguous."""
-    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _contiguous(input: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
-
-
-def _rolled(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
-    """One dimension after the other, a concatenation of the two parts."""
-    if not dims:
-        return _contiguous(input)
-    for shift, dim in zip(shifts, dims, strict=True):
-        rest = shift % max(input.shape[dim], 1)
-        parts = input.split([input.shape[dim] - rest, rest], dim)
-        input = torch.cat(parts[::-1], dim) if rest else _contiguous(input)
-    return input
-
-
-LAYOUTS = {
-    aten.group_norm.default: _suggested,
-    aten.batch_norm.default: _suggested,
-    aten._native_batch_norm_legit_no_training.default: _suggested,
-    aten.channel_shuffle.default: _suggested,
-    aten.log_sigmoid.default: _contiguous,
-    aten.roll.default: _rolled,
-}
-"""How a CPU's kernels lay out what they make of an input, where fake values are laid out in another way."""
-
-
-def _laid_out(value: Any, source: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A fake result, or the first of several, as the kernel lays it out."""
+def _laid_out(value: Any, stride: Sequence[int]) -> Any:
+    """A fake result, or the first of several, with the kernel's strides."""
     if isinstance(value, tuple):
-        return (_laid_out(value[0], source, layout), *value[1:])
-    return _restrided(value, source, layout)
+        return (_laid_out(value[0], stride), *value[1:])
+    return _restrided(value, stride)
 
 
 def propagate(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None) -> None:
@@ -188,7 +163,7 @@ def propagate_layouts(graph_module: fx.GraphModule) -> None:
 def has_view(source: torch.Tensor, size: Any) -> bool:
     """Whether a tensor of that layout can be viewed so; a fake one accepts more than a real one."""
     try:
-        _on_meta(source, lambda meta: meta.view(size))
+        on_meta(torch.Tensor.view, source, size)
     except RuntimeError:
         return False
     return True

@@ -37,7 +37,10 @@ def is_here(device: str) -> bool:
 def machine_name(device: str) -> str:
     """A device as its kernels see it: its model, what instructions they use, and torch's version."""
     if not is_here(device):
-        return f"some {device} device"
+        name = (
+            "a CUDA card that is not here, of capability 8.0 or later" if device == "cuda" else f"some {device} device"
+        )
+        return f"{name}, torch {torch.__version__.partition('+')[0]}"
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return f"{torch.cuda.get_device_name()}, {capability}, CUDA {torch.version.cuda}, torch {torch.__version__}"

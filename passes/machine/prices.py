@@ -34,8 +34,7 @@ def measure_prices(device: torch.device, progress: Callable[[str], None] = lambd
         calls = max(1, (64 << 20) // size)
         rates.append(max(1e-15, (_seconds(partial(x.add, 1), device, calls=calls) - launch) / size))
     progress("products")
-    a = torch.zeros(512, 512, device=device)
-    flop = _seconds(lambda: a @ a, device, calls=4) / (2 * 512**3)
+    flop, reduced_flop = (_product(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     progress("convolutions")
     fast, slow = _convolutions(device)
     return replace(
@@ -44,8 +43,16 @@ def measure_prices(device: torch.device, progress: Callable[[str], None] = lambd
         rates=tuple(zip(WORKING_SETS, rates[:-1], strict=True)),
         beyond=rates[-1],
         flop=flop,
+        reduced_flop=reduced_flop,
         slow_flop=max(0.0, slow - fast) if device.type == "cpu" else 0.0,
     )
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds a floating point operation in a product of matrices."""
+    size = 512 if device.type == "cpu" else 4096
+    a = torch.zeros(size, size, device=device, dtype=dtype)
+    return _seconds(lambda: a @ a, device, calls=4) / (2 * size**3)
 
 
 def _convolutions(device: torch.device) -> tuple[float, float]:
@@ -75,5 +82,5 @@ def _seconds(run: Callable[[], object], device: torch.device, calls: int) -> flo
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -4,7 +4,7 @@ A kernel chooses what it allocates by its machine, its arguments, their layouts 
 next machine. So a call is run on the device, on tensors of its layout. One that takes too long for that is measured
 smaller: at two lengths of a dimension of its output, as the operator's rule makes inputs for those, and what it
 allocates is taken to grow along that dimension as it did between them; where one dimension is not enough, along
-several. Each answer is kept.
+several. Each answer is kept. For a card that isn't there, bounds stand in.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.machine import allocations
 from fxstream.passes.machine.allocations import apart, workspace_of
+from fxstream.passes.machine.bounds import bound_bytes, is_bounded
 from fxstream.passes.machine.cost import computes_plainly, convolves_plainly
 from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, is_named, with_arguments
@@ -71,18 +72,27 @@ def call_workspace_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwar
         return 0
     key = (target, _alike(args, kwargs, lambda x: x.stride()), device.type, *_circumstances())
     if key not in _KNOWN:
-        trace = _trace(target, args, kwargs, device)
-        _KNOWN[key] = None if trace is None else workspace_of(trace, _made(out, args, kwargs))
+        _KNOWN[key] = _asked(target, out, args, kwargs, device)
     return _KNOWN[key] or 0
 
 
 _KNOWN: dict[Any, int | None] = {}
 
 
+def _asked(target: OpOverload, out: Any, args: Any, kwargs: Any, device: torch.device) -> int | None:
+    """The workspace of a call as it is measured, or bounded for a card that isn't there; None where it isn't known."""
+    if device.type == "cuda" and not is_here("cuda"):
+        return bound_bytes(target, out, args, kwargs)
+    trace = _trace(target, args, kwargs, device)
+    return None if trace is None else workspace_of(trace, _made(out, args, kwargs))
+
+
 def is_known(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the workspace of a call is known: its operator can be run here, or says what it allocates."""
     call_workspace_bytes(target, out, args, kwargs)
     device = next((x.device for x in pytree.tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)), None)
+    if device is not None and device.type == "cuda" and not is_here("cuda"):
+        return target in _STATED or _is_view(target) or is_bounded(target, out, args, kwargs)
     key = (target, _alike(args, kwargs, lambda x: x.stride()), device and device.type, *_circumstances())
     return _KNOWN.get(key, 0) is not None
 

@@ -283,7 +283,7 @@ class _Sweep:
                 if not self.outputs[birth]:
                     del self.outputs[birth]
         activations, weights = program.traffic[index]
-        self.launches += bool(activations)
+        self.launches += program.launches[index] if activations else 0
         if activations:
             self.traffic += activations - whole + 2 * step * extent
             self.whole += weights + whole

@@ -71,7 +71,7 @@ class Grouping:
 
     def __init__(self, program: Program, candidates: Iterable[Candidate], costs: CostModel) -> None:
         self.program, self.costs = program, costs
-        self._single = [self._price_whole(*self._traffic(index)) for index in range(len(program))]
+        self._single = [self._price_whole(index) for index in range(len(program))]
         self._by_end: list[list[Candidate]] = [[] for _ in range(len(program))]
         self._peaks: dict[Candidate, list[tuple[int, float]]] = {}
         self._seconds: dict[tuple[Candidate, int], float] = {}
@@ -216,7 +216,7 @@ class Grouping:
         strided = sum(size * self.costs.stride_factor(run * length) for run, size in candidate.strided.items())
         moved = (candidate.traffic + strided) * rate(working_set)
         flops, again = candidate.overlap
-        twice = slices * (flops * self.costs.flop + again * rate(working_set))
+        twice = slices * (flops * self.costs.flop_of(self.program.dtype) + again * rate(working_set))
         slowed = self.costs.slow_flop * sum(flops for steps, flops in candidate.slowed if length < steps)
         return slices * (candidate.launches + LOOP_LAUNCHES) * launch + moved + whole + twice + slowed
 
@@ -225,6 +225,8 @@ class Grouping:
         activations, weights = self.program.traffic[index]
         return activations + 2 * self.program.liveness.transient[index], weights
 
-    def _price_whole(self, traffic: int, weights: int) -> float:
-        rate = self.costs.rate
-        return self.costs.launch * bool(traffic) + traffic * rate(traffic) + weights * rate(weights)
+    def _price_whole(self, index: int) -> float:
+        """Seconds that a node takes by itself."""
+        rate, (traffic, weights) = self.costs.rate, self._traffic(index)
+        launches = self.program.launches[index] if traffic else 0
+        return self.costs.launch * launches + traffic * rate(traffic) + weights * rate(weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,8 @@ from torch.utils import _pytree as pytree
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.graph.effects import draws
 from fxstream.passes.graph.flops import flops
-from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of, touched
+from fxstream.passes.graph.launches import launches_of
+from fxstream.passes.graph.liveness import Liveness, analyze, bytes_of, device_of, tensors_of, touched
 from fxstream.passes.graph.propagate import fake_mode_of, fake_tensor
 from fxstream.passes.machine.cost import CONVOLUTIONS, convolves_plainly
 from fxstream.passes.machine.workspace import call_workspace_bytes
@@ -72,9 +74,22 @@ class Program:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of what the graph computes."""
-        tensors = (x for value in self.values for x in pytree.tree_leaves(value.call.out) if torch.is_tensor(x))
-        return next((x.device for x in tensors), torch.device("cpu"))
+        """The device of most of what the graph holds."""
+        return device_of(self.graph_module)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of most bytes that the graph makes."""
+        made: Counter[torch.dtype] = Counter()
+        for value in self.values:
+            for tensor in tensors_of(value.call.out):
+                made[tensor.dtype] += bytes_of(tensor)
+        return max(made, key=made.__getitem__, default=torch.float32)
+
+    @cached_property
+    def launches(self) -> list[int]:
+        """Kernels that each node launches."""
+        return [launches_of(value.node) for value in self.values]
 
     @cached_property
     def live_bytes(self) -> list[int]:

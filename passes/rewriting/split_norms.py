@@ -16,7 +16,9 @@ import torch
 from torch import fx
 
 from fxstream.passes.graph.effects import stays
+from fxstream.passes.graph.layouts import suggested
 from fxstream.passes.graph.liveness import analyze, bytes_of
+from fxstream.passes.graph.propagate import on_meta
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.passes.operators.axes import Call
 from fxstream.passes.rewriting.expand import Nodes, derived, expand
@@ -54,13 +56,18 @@ def _norm_of(node: fx.Node) -> Norm | None:
         return None
     given = Call(node.target, node.args, node.kwargs, value).arguments
     found = Norm(given["input"], value.shape[1], given["weight"], given["bias"], given["eps"])
+    if value.stride() != _scaled_stride(found.input.meta["val"]):  # the norm puts channels first
+        return None
     if node.target is aten.group_norm.default:
         return found._replace(groups=given["num_groups"])
-    if value.stride() != found.input.meta["val"].stride():  # the norm puts channels first
-        return None
     if node.target is aten.layer_norm.default:
         return found._replace(groups=1) if list(given["normalized_shape"]) == list(value.shape[1:]) else None
     return found if given["use_input_stats"] else None
+
+
+def _scaled_stride(input: torch.Tensor) -> tuple[int, ...]:
+    """How the scale of a norm lies."""
+    return on_meta(suggested, input).stride()
 
 
 def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: Nodes) -> fx.Node:

@@ -19,7 +19,7 @@ CASES = {
     "flat": (("temporal", "feedforward", "shuffle"), 0.7),
     "nested": (("spatial", "temporal", "feedforward"), "min"),
     "nested, by a share": (("frames", "feedforward"), 0.1),
-    "thrice": (("feedforward", "shuffle", "spatial"), "min"),
+    "thrice": (("feedforward", "shuffle", "temporal"), "min"),
     "none": (("spatial", "skip"), "1MiB"),
 }
 
@@ -122,7 +122,12 @@ def test_printed_tables(plan):
 def test_the_summary_adds_up(plan):
     held = plan.weight_bytes + plan.input_bytes
     rows = {line.split("  ")[0]: line for line in map(str.strip, plan.summary().splitlines()[2:])}
-    assert list(rows) == ["activation peak", "weights", "inputs", "all"]
+    before, after = plan.launches
+    assert list(rows) == [
+        *("activation peak", "weights", "inputs", "all", ""),
+        f"Kernels launched: {before:,} before, {after:,} after",
+    ]
+    assert (before == after) == (not plan.groups)
     assert format_bytes(plan.before.peak_bytes) in rows["activation peak"]
     assert format_bytes(plan.after.peak_bytes) in rows["activation peak"]
     assert format_bytes(plan.before.peak_bytes + held) in rows["all"]

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fxstream.runtime.norm import TILE, group_moments, group_scale, group_statistics, moments_tile, scale_tile
+from fxstream.runtime.norm import (
+    TILE,
+    group_moments,
+    group_scale,
+    group_statistics,
+    moments_at_once,
+    moments_tile,
+    scale_tile,
+    scaled_at_once,
+)
 from fxstream.tools.bench import relative_l2
 from fxstream.tools.measure import measure_peak
 
@@ -92,3 +101,28 @@ def test_fake_tensors_are_as_the_real():
     torch.library.opcheck(group_statistics, (moments, 40, 1e-5), test_utils=tests)
     for _, tensor in layouts(x):
         torch.library.opcheck(group_scale, (tensor, statistics, weight, bias), test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.float16, 5e-4)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_way_of_a_card_computes_the_same(dtype, bound, affine):
+    """By kernels that convert as they go, which are run here on the CPU: its own norm is no more exact."""
+    x, weight, bias, exact = case((2, 32, 3, 6, 10), dtype)
+    weight, bias = (weight, bias) if affine else (None, None)
+    exact = exact if affine else functional.group_norm(x.double(), GROUPS)
+    values = x.unflatten(1, (GROUPS, -1)).movedim(2, -2)
+    found = torch.empty(2, 2, GROUPS, 3, 6, dtype=torch.promote_types(dtype, torch.float32))
+    moments_at_once(values, *found)
+    expected = group_moments(x, GROUPS)
+    assert relative_l2(found, expected) <= 1e-6
+    mean, scale = group_statistics(found, 40, 1e-5).repeat_interleave(4, 2)
+    scale = scale if weight is None else scale * weight
+    result = scaled_at_once(x, mean, scale, bias, torch.empty_like(x))
+    assert relative_l2(result, exact) <= bound
+
+
+def test_the_way_of_a_card_has_moments_of_large_means():
+    x, *_ = case((2, 32, 6, 16, 16), torch.float16, mean=1e3)
+    found = torch.empty(2, 2, GROUPS, 6, 16)
+    moments_at_once(x.unflatten(1, (GROUPS, -1)).movedim(2, -2), *found)
+    assert relative_l2(found[1], group_moments(x, GROUPS)[1]) <= 1e-5

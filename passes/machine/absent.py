@@ -1,0 +1,66 @@
+"""Absent devices: fake tensors on a device that this machine, or this torch, does not have.
+
+A torch that was built for a kind of device makes fake tensors on it with no device there. Others lack the device's
+guard, which says which device is the current one, and stop the process; they are given the guard of "meta", which does
+nothing, as builds for CUDA give themselves one where there is no driver. Real tensors are as impossible as before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch._C import _autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
+"""`c10::impl::device_guard_impl_registry`: a pointer for each kind of device."""
+
+
+@contextmanager
+def fake_on(device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
+    """Models and tensors made inside are fake and on ``device``, which need not be there: they take no memory.
+
+    Their floating point numbers are of ``dtype``, if it is given. What is made so can be planned, and not run:
+
+        with fxstream.fake_on("cuda", torch.float16):
+            model, x = Model(), torch.randn(2, 4, 16, 72, 128)
+        print(fxstream.plan(model, (x,)))
+
+    Torch can't change the type of a fake model afterwards. Raises ``RuntimeError`` where this torch can't have fake
+    tensors on such a device.
+    """
+    place = numbered(torch.device(device))
+    _let_be_guarded(place.type)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, place, torch.no_grad():
+            yield mode
+    finally:
+        torch.set_default_dtype(before)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number, which nothing but a guard would know of one that isn't there."""
+    return torch.device(device.type, 0) if device.index is None and device.type not in ("cpu", "meta") else device
+
+
+def _let_be_guarded(kind: str) -> None:
+    """Give a kind of device the guard that does nothing, if it has none."""
+    try:
+        registry = (ctypes.c_void_p * 64).in_dll(ctypes.CDLL(str(_library())), GUARDS)
+    except (OSError, ValueError):  # a torch that is laid out otherwise; it says itself what it lacks
+        return
+    numbers = {name.lower(): value.value for name, value in _autograd.DeviceType.__members__.items()}
+    if registry[numbers.get(kind, numbers["meta"])] is None:
+        registry[numbers[kind]] = registry[numbers["meta"]]
+
+
+def _library() -> Path:
+    """torch's library of devices."""
+    folder = Path(torch.__file__).parent / "lib"
+    return next((path for path in sorted(folder.glob("*c10.*"))), folder / "libc10.so")
