@@ -8,7 +8,7 @@ STAMP := .venv/installed
 LINT := fxstream passes tools tests
 
 .PHONY: venv browser test test-isa fuzz fuzz-programs threads lint format demo bench bench-large bench-exact bench-compile
-.PHONY: bench-check bench-rehash bench-offload
+.PHONY: bench-check bench-gpu bench-rehash bench-offload
 .PHONY: table table-compile table-pipeline table-offload table-quantized comparison pictures docs clean
 
 venv: $(STAMP)
@@ -85,6 +85,10 @@ bench-compile: venv
 # A transformer of 14 billion parameters from its file, in 4 GiB. Needs 30 GB of disk, and many minutes.
 bench-offload: venv
 	$(BIN)/python -m fxstream.tools.bench_offload
+
+# On a CUDA card: eight minutes, and records in bench-gpu.json. DRY=--dry for tiny models on the CPU.
+bench-gpu: venv
+	$(BIN)/python -m fxstream.tools.bench_gpu $(DRY)
 
 # What it costs at each call to see that the model is as it was.
 bench-check: venv

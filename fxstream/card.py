@@ -21,14 +21,15 @@ ROUNDS = 4
 
 
 @contextmanager
-def memory_errors(plan: Any) -> Iterator[None]:
-    """Where the card has no memory left for a call, say beside its plan what there is."""
+def memory_errors(compiled: Any) -> Iterator[None]:
+    """Where the card has no memory left for a planned call, say beside its plan what there is."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         there = torch.cuda.is_available()
         free = torch.cuda.mem_get_info()[0] if there else 0
         allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()  # 0 without a card
+        plan = getattr(compiled, "plan", None)
         planned = getattr(plan, "summary", plan.__str__)()
         raise DeviceMemoryError(
             f"the device is out of memory: {format_bytes(allocated)} are allocated, {format_bytes(reserved)} reserved "

@@ -229,7 +229,7 @@ class StreamedModule(nn.Module, metaclass=_Standing):
         plain = torch._C.DisableTorchFunctionSubclass() if captured.dressed else nullcontext()
         with torch.no_grad(), without_autocast(), plain, generators_given(inputs.generators):
             tensors = (*inputs.tensors, *captured.state.read(roots), *self._numbers(captured, inputs))
-            with memory_errors(compiled.plan):
+            with memory_errors(compiled):
                 found = self._run(compiled, tensors)
             call = self._call(inputs) if captured.state.again else None
             before = self._state(call) if captured.state.again else (0, 0)

@@ -56,6 +56,9 @@ GOOD_SHARE = 0.25
 SLACK = 1.01
 """What a loop's inside may hold over the lowest."""
 
+STILL_LOWER = 0.8
+"""What is asked for after the lowest peak, to see whether there is a lower one."""
+
 NEAR = (1.01, 1.02, 1.04)
 """The lowest reachable peak is met within one per cent, as the last of it costs many times the launches: at the least
 time, or where loops that are chosen by time don't come so near, within two per cent, or four."""
@@ -110,7 +113,7 @@ class Streamer:
                 return found[-1]
         for spare in spares:
             if spare not in self._lowest:
-                self._lowest[spare] = search.streamed(None, spare)
+                self._lowest[spare] = search._low(spare)
         return min(*found, *self._lowest.values(), key=_peak_bytes)
 
 
@@ -189,22 +192,33 @@ class Search:
 
     def lowest(self, spare: float) -> Block:
         """The graph near the lowest peak that is found for it, at the least time there."""
-        found = self.streamed(None, spare)
-        search = next((each for each in self._changed if each.program is found.program), self)
-        left = spare - found.recomputed_flops
+        found = self._low(spare)
         for share in NEAR if found.loops else ():
-            again = search._within(int(share * found.after.peak_bytes), left, found)
-            if again is not None:
-                return replace(again, recomputed_flops=found.recomputed_flops)
+            limit = int(share * found.after.peak_bytes)
+            again = self._again(found, limit, spare)
+            if again.after.peak_bytes <= limit:
+                return again
         return found
 
-    def _within(self, budget: int, spare: float, found: Block) -> Block | None:
-        """A block of the same form as one that was found, to a budget; None where that can't be met so."""
-        if self.outer is not None and any(loop.group.candidate is self.outer for loop in found.loops):
-            again = self._nested(self.outer, budget, spare)
+    def _low(self, spare: float) -> Block:
+        """The lowest peak that is found: by itself, or asked for one still lower, which goes deeper here and there."""
+        found = self.streamed(None, spare)
+        if not found.loops:
+            return found
+        lower = int(STILL_LOWER * found.after.peak_bytes)
+        if found.after.peak_bytes > GOOD_SHARE * self.before.peak_bytes:
+            return min(found, self._streamed(lower, spare), key=_peak_bytes)
+        return min(found, self._again(found, lower, spare), key=_peak_bytes)
+
+    def _again(self, found: Block, budget: int, spare: float) -> Block:
+        """A block of the same form as one that was found, of the same program, to a budget."""
+        search = next((each for each in self._changed if each.program is found.program), self)
+        left, outer = spare - found.recomputed_flops, search.outer
+        if outer is not None and any(loop.group.candidate is outer for loop in found.loops):
+            again = search._nested(outer, budget, left)
         else:
-            again = self._side_by_side(self.anywhere, budget, spare, {})
-        return again if again.after.peak_bytes <= budget else None
+            again = search._side_by_side(search.anywhere, budget, left, {})
+        return replace(again, recomputed_flops=found.recomputed_flops)
 
     def streamed(self, budget: int | None, spare: float) -> Block:
         """The graph to a budget, where recomputing adds at most ``spare`` operations."""

@@ -192,7 +192,8 @@ def _size(command: argparse.ArgumentParser) -> None:
     )
     size.add_argument(
         "--device",
-        help="where it would run, such as cpu (default: cuda, here or not; to be run, the CPU without a card)",
+        help="where it would run, such as cpu (default: cuda, here or not; with --measure and no card, and with "
+        "--offload, cpu)",
     )
     size.add_argument("--component", help="which model of a pipeline's folder: unet, transformer or vae")
     size.add_argument(

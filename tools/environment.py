@@ -17,6 +17,12 @@ PACKAGES = ("fxstream", "torch", "diffusers", "networkx", "transformers", "accel
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    print(tabulate(facts(), tablefmt="plain"))
+    return 0
+
+
+def facts() -> list[tuple[str, str]]:
+    """What tells of this environment, and what it is here."""
     import torch
 
     rows = [(name, _version(name)) for name in PACKAGES]
@@ -31,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         rows.append((f"cuda:{number}", f"{device.name}, {format_bytes(device.total_memory)}"))
-    print(tabulate(rows, tablefmt="plain"))
-    return 0
+    return rows
 
 
 def _version(name: str) -> str:

@@ -24,7 +24,7 @@ from fxstream.tools.errors import UsageError, one_line
 from fxstream.tools.files import STDOUT, check_writable, named, write
 from fxstream.tools.measure import measure_peak
 from fxstream.tools.progress import progress
-from fxstream.tools.targets import Size, Target, load
+from fxstream.tools.targets import Size, Target, is_function, load
 
 Content = str | bytes
 
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(name: str, args: argparse.Namespace) -> Inspected:
     """Builds, captures, plans and, where it was asked for, runs a target."""
-    device = args.device or ("cpu" if args.offload else None)  # values are on disk on a CPU alone
+    device = args.device
+    if device is None and args.offload and not is_function(name):
+        device = "cpu"  # where alone values may be on disk
     size = Size(args.frames, args.height, args.width, args.batch, args.dtype, device)
     with progress(f"building {name}", args.quiet):
         target = load(name, size, component=args.component, small=args.small, fake=not args.measure)

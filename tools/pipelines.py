@@ -166,8 +166,10 @@ def build(name: str, dtype: torch.dtype = torch.float16) -> tuple[Any, dict[str,
     finally:
         torch.set_default_dtype(before)
     modules = fake_copies(modules, mode)  # which can be cast and moved
-    others = {
-        part: None if made is None else pkgutil.resolve_name(made[0])(**made[1]) for part, made in entry.others.items()
-    }
-    pipeline = pkgutil.resolve_name(entry.class_path)(**modules, **others)
-    return pipeline, {**entry.call, **entry.inputs(dtype)}
+    return made(entry, modules), {**entry.call, **entry.inputs(dtype)}
+
+
+def made(entry: PipelineEntry, modules: Mapping[str, Any]) -> Any:
+    """The pipeline of an entry around modules."""
+    others = {part: each and pkgutil.resolve_name(each[0])(**each[1]) for part, each in entry.others.items()}
+    return pkgutil.resolve_name(entry.class_path)(**modules, **others)

@@ -139,7 +139,7 @@ def load(target: str, size: Size, *, component: str | None = None, small: bool =
     Raises ``UsageError`` for one that can't be made.
     """
     check(target)
-    if ":" not in target or Path(target).exists():
+    if not is_function(target):
         size = size.placed(fake)
         _check_device(str(size.device), fake)
     if component is not None and not _is_pipeline(Path(target)):
@@ -151,6 +151,11 @@ def load(target: str, size: Size, *, component: str | None = None, small: bool =
     if Path(target).exists():
         return _configured(Path(target), size, component, fake)
     return _made(target, size)
+
+
+def is_function(target: str) -> bool:
+    """Whether a target names a user's function, which makes the model where it likes."""
+    return ":" in target and not Path(target).exists()
 
 
 def _is_pipeline(path: Path) -> bool:

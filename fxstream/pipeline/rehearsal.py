@@ -29,6 +29,7 @@ from fxstream.passes.graph.snapshot import Snapshot, roots_of
 from fxstream.passes.graph.structure import flatten, unflatten
 from fxstream.passes.graph.subclasses import dressing, fake_like, weights_of
 from fxstream.passes.graph.twin import Twin
+from fxstream.passes.machine.absent import let_be_guarded, numbered
 from fxstream.pipeline.components import modules_of, stage_name, streamed_methods, weight_bytes
 from fxstream.pipeline.offload import Device, offloaded
 from fxstream.pipeline.switches import turn_off
@@ -122,7 +123,9 @@ class Rehearsal:
         hooks = offloaded(pipeline)
         self.originals = modules_of(pipeline)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.modules = fake_copies(self.originals, self.mode)
+        # Where weights come to the device for a call, they are planned there, and the double itself stays on the CPU.
+        self._place = numbered(torch.device(pipeline._offload_device)) if hooks else None
+        self.modules = fake_copies(self.originals, self.mode, self._place)
         self.found: dict[Any, Rehearsed] = {}
         self._live = Live()
         self._on_device = Device(list(self.modules), hooks)
@@ -147,9 +150,9 @@ class Rehearsal:
         """Whether the pipeline's own component is as it was called, on the device and in the dtypes."""
         tensors = Inputs.of(found.args, found.kwargs).tensors
         slots = _slots(self.originals[found.component])
+        devices = {*(tensor.device for tensor in tensors), *([self._place] if self._place else [])}
         return found.dtypes == tuple(table[name].dtype for table, name in slots) and not any(
-            isinstance(table[name], FakeTensor) or any(table[name].device != tensor.device for tensor in tensors)
-            for table, name in slots
+            isinstance(table[name], FakeTensor) or devices - {table[name].device} for table, name in slots
         )
 
     def as_called(self, found: Rehearsed) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -227,18 +230,24 @@ class Rehearsal:
             return [_alike(tensor, device) for tensor in tensors]
 
 
-def fake_copies(modules: Mapping[str, nn.Module], mode: FakeTensorMode) -> dict[str, nn.Module]:
+def fake_copies(
+    modules: Mapping[str, nn.Module], mode: FakeTensorMode, place: torch.device | None = None
+) -> dict[str, nn.Module]:
     """Copies of modules with fake weights, as if no offloading hook had been there. Nothing is allocated.
 
-    The copies can be cast and moved by ``to``, as modules with fake weights otherwise can't.
+    With a ``place`` they are on that device, which need not be there. The copies can be cast and moved by ``to``, as
+    modules with fake weights otherwise can't.
     """
+    if place is not None:
+        let_be_guarded(place.type)
     fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     copies = {name: Twin(module).module for name, module in modules.items()}
     for made in copies.values():
         for table, name in _slots(made):
             weight = table[name]
             if id(weight) not in fakes:
-                fakes[id(weight)] = weight, fake_like(weight, mode)
+                fake = fake_like(weight, mode)
+                fakes[id(weight)] = weight, fake if place in (None, fake.device) else _moved(fake, mode, place)
             table[name] = fakes[id(weight)][1]
         vars(made)["_apply"] = functools.partial(_replace, made)
         for sub in made.modules():
@@ -246,6 +255,12 @@ def fake_copies(modules: Mapping[str, nn.Module], mode: FakeTensorMode) -> dict[
                 for name in _HOOKED:
                     vars(sub).pop(name, None)
     return copies
+
+
+def _moved(fake: torch.Tensor, mode: FakeTensorMode, place: torch.device) -> torch.Tensor:
+    with mode, torch.no_grad():
+        moved = fake.detach().to(place)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(fake, nn.Parameter) else moved
 
 
 def _double(pipeline: Any, modules: Mapping[str, nn.Module], device: torch.device) -> Any:

@@ -34,7 +34,7 @@ def fake_on(device: torch.device | str, dtype: torch.dtype | None = None) -> Ite
     tensors on such a device.
     """
     place = numbered(torch.device(device))
-    _let_be_guarded(place.type)
+    let_be_guarded(place.type)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
@@ -49,7 +49,7 @@ def numbered(device: torch.device) -> torch.device:
     return torch.device(device.type, 0) if device.index is None and device.type not in ("cpu", "meta") else device
 
 
-def _let_be_guarded(kind: str) -> None:
+def let_be_guarded(kind: str) -> None:
     """Give a kind of device the guard that does nothing, if it has none."""
     try:
         registry = (ctypes.c_void_p * 64).in_dll(ctypes.CDLL(str(_library())), GUARDS)

@@ -102,6 +102,8 @@ def test_with_an_adapter_on_top(kind):
 
 @pytest.mark.parametrize("kind", ["layerwise casting to float8", "torchao int8", "quanto qint8", "GGUF Q8_0"])
 def test_in_a_pipeline(kind):
+    if kind == "quanto qint8" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        pytest.skip("torch's kernel reads past rows that are no multiple of 16 there, and ends the process")
     torch.manual_seed(0)
     pipeline, call = wan()
     pipeline.set_progress_bar_config(disable=True)

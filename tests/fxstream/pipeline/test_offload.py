@@ -86,3 +86,17 @@ def test_weights_that_come_a_part_at_a_time_are_refused():
     )
     with pytest.raises(ValueError, match="weights of denoiser"):
         fxstream.plan(pipeline)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_stages_are_planned_for_the_device_that_weights_come_to():
+    """A card that need not be here; and nothing of the pipeline's is on it afterwards."""
+    pipeline = toy()
+    pipeline.enable_model_cpu_offload(device="cuda")
+    stages = fxstream.plan(pipeline, height=16).stages
+    assert [stage.name for stage in stages] == ["text_encoder", "denoiser", "codec.decode"]
+    assert all("CUDA card" in stage.plan.machine for stage in stages)
+    assert all(stage.plan.reserve is not None for stage in stages)
+    assert {x.device.type for module in modules_of(pipeline).values() for x in module.parameters()} == {"cpu"}
+    here = fxstream.plan(toy(), height=16).stages
+    assert all("CUDA" not in stage.plan.machine for stage in here)
