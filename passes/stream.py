@@ -201,21 +201,23 @@ class Search:
         return found
 
     def _low(self, spare: float) -> Block:
-        """The lowest peak that is found: by itself, or asked for one still lower, which goes deeper here and there."""
+        """The lowest peak that is found: by itself, or asked for one still lower where one loop runs through all."""
         found = self.streamed(None, spare)
-        if not found.loops:
+        if not self._is_nested(found):
             return found
-        lower = int(STILL_LOWER * found.after.peak_bytes)
-        if found.after.peak_bytes > GOOD_SHARE * self.before.peak_bytes:
-            return min(found, self._streamed(lower, spare), key=_peak_bytes)
-        return min(found, self._again(found, lower, spare), key=_peak_bytes)
+        again = self._again(found, int(STILL_LOWER * found.after.peak_bytes), spare)
+        return min(found, again, key=_peak_bytes)
+
+    def _is_nested(self, found: Block) -> bool:
+        """Whether a block has the loop through nearly all of the graph."""
+        return self.outer is not None and any(loop.group.candidate is self.outer for loop in found.loops)
 
     def _again(self, found: Block, budget: int, spare: float) -> Block:
         """A block of the same form as one that was found, of the same program, to a budget."""
         search = next((each for each in self._changed if each.program is found.program), self)
-        left, outer = spare - found.recomputed_flops, search.outer
-        if outer is not None and any(loop.group.candidate is outer for loop in found.loops):
-            again = search._nested(outer, budget, left)
+        left = spare - found.recomputed_flops
+        if search.outer is not None and search._is_nested(found):
+            again = search._nested(search.outer, budget, left)
         else:
             again = search._side_by_side(search.anywhere, budget, left, {})
         return replace(again, recomputed_flops=found.recomputed_flops)

@@ -42,7 +42,7 @@ def bound_bytes(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mappi
     bound = _BOUNDS.get(target)
     if bound is not None:
         return bound(call)
-    return 0 if _allocates_nothing(call) else sum(map(nbytes, call.tensors)) + nbytes(out)
+    return 0 if _allocates_nothing(call) else held(call.tensors) + held(out, but=call.tensors)
 
 
 def is_bounded(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -78,6 +78,13 @@ def nbytes(value: Any) -> int:
     return sum(x.numel() * x.element_size() for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
 
 
+def held(value: Any, but: Any = ()) -> int:
+    """Bytes of the storages of all tensors in a value, without those of others: what is repeated counts once."""
+    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves(but) if isinstance(x, Tensor)}
+    storages = [x.untyped_storage() for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+    return sum({each._cdata: int(each.nbytes()) for each in storages if each._cdata not in given}.values())
+
+
 def copied(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> int:
     """Bytes of the copy of a tensor that doesn't lie as its kernel wants it."""
     return 0 if tensor.is_contiguous(memory_format=memory_format) else nbytes(tensor)
@@ -109,7 +116,18 @@ def source(call: Call) -> Tensor:
     *overloads("pixel_unshuffle", "scatter", "one_hot", "arange", "ones", "zeros", "full", "empty", "scalar_tensor"),
     *overloads("linspace", "eye", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "glu", "tile"),
     *overloads("ones_like", "zeros_like", "full_like", "empty_like", "alias", "unbind_copy", "split_with_sizes_copy"),
-    *overloads("rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "normal_functional", "normal_"),
+    *overloads(
+        "meshgrid",
+        "broadcast_tensors",
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "randint",
+        "bernoulli",
+        "normal_functional",
+        "normal_",
+    ),
 )
 def nothing(call: Call) -> int:
     return 0
