@@ -127,12 +127,17 @@ def scaled_at_once(input: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | No
 
 @group_scale.register_fake
 def _scaled_like(input: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(input, memory_format=suggest_memory_format(input))  # as the whole norm's output
+    return torch.empty_like(input, memory_format=scaled_format(input))
 
 
 def channels_last(input: Tensor) -> bool:
     """Whether channels lie closer together than steps of the last dimension."""
     return input.stride(1) < input.stride(-1)
+
+
+def scaled_format(input: Tensor) -> torch.memory_format:
+    """How the output lies, as the whole norm's does: on CUDA always contiguous."""
+    return torch.contiguous_format if input.is_cuda else suggest_memory_format(input)
 
 
 def at_once(input: Tensor) -> bool:

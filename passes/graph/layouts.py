@@ -30,7 +30,7 @@ def layouts_on(device: torch.device) -> Mapping[Any, Layout]:
     return CPU if device.type == "cpu" else {}
 
 
-def suggested(input: Tensor, *rest: Any, **others: Any) -> Tensor:
+def _suggested(input: Tensor, *rest: Any, **others: Any) -> Tensor:
     """Channels last where the input is, else contiguous."""
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
@@ -75,10 +75,10 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **others: A
 
 
 CPU: dict[OpOverload, Layout] = {
-    aten.group_norm.default: suggested,
-    aten.batch_norm.default: suggested,
-    aten._native_batch_norm_legit_no_training.default: suggested,
-    aten.channel_shuffle.default: suggested,
+    aten.group_norm.default: _suggested,
+    aten.batch_norm.default: _suggested,
+    aten._native_batch_norm_legit_no_training.default: _suggested,
+    aten.channel_shuffle.default: _suggested,
     aten.log_sigmoid.default: _contiguous,
     aten.roll.default: _rolled,
 }

@@ -16,13 +16,12 @@ import torch
 from torch import fx
 
 from fxstream.passes.graph.effects import stays
-from fxstream.passes.graph.layouts import suggested
 from fxstream.passes.graph.liveness import analyze, bytes_of
 from fxstream.passes.graph.propagate import on_meta
 from fxstream.passes.machine.workspace import workspace_bytes
 from fxstream.passes.operators.axes import Call
 from fxstream.passes.rewriting.expand import Nodes, derived, expand
-from fxstream.runtime.norm import group_moments, group_scale, group_statistics  # noqa: F401  (registers the operators)
+from fxstream.runtime.norm import scaled_format  # and with it the operators
 
 aten, norm = torch.ops.aten, torch.ops.fxstream
 
@@ -67,7 +66,7 @@ def _norm_of(node: fx.Node) -> Norm | None:
 
 def _scaled_stride(input: torch.Tensor) -> tuple[int, ...]:
     """How the scale of a norm lies."""
-    return on_meta(suggested, input).stride()
+    return on_meta(partial(torch.empty_like, memory_format=scaled_format(input)), input).stride()
 
 
 def _split(node: fx.Node, found: Norm, graph: fx.Graph, env: Nodes) -> fx.Node:

@@ -144,3 +144,18 @@ def test_statistics_of_all_frames_are_exact_in_slices():
         measured = measure_peak(streamed, x)
         assert relative_l2(measured.result, model(x)) <= 1e-6
     assert measured.peak_bytes == pytest.approx(plan.after.peak_bytes, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_on_a_card_a_norm_of_channels_last_is_split_and_its_output_is_contiguous():
+    with fxstream.fake_on("cuda", torch.float16):
+        model, x = nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU()), torch.randn(1, 16, 256, 256)
+        x = x.contiguous(memory_format=torch.channels_last)
+    graph_module = normalize(capture(model, (x,)).graph_module)
+    split = split_norms(graph_module, 1)
+    scale = next(node for node in split.graph.nodes if node.target is norm.group_scale.default)
+    whole = next(node for node in graph_module.graph.nodes if node.target is aten.group_norm.default)
+    assert scale.meta["val"].stride() == whole.meta["val"].stride() == (16 * 256 * 256, 256 * 256, 256, 1)
+    with x.fake_mode:
+        alone = norm.group_scale(x, torch.empty(2, 1, 4, device=x.device), None, None)
+    assert alone.stride() == scale.meta["val"].stride()
