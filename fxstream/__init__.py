@@ -15,8 +15,8 @@ if TYPE_CHECKING:
         InternalError,
         MemoryBudgetError,
     )
+    from fxstream.fake import fake_on
     from fxstream.module import StreamedModule
-    from fxstream.passes.machine.absent import fake_on
     from fxstream.pipeline.plan import PipelinePlan
     from fxstream.rehash.calibrate import calibrate
     from fxstream.rehash.calibration import Calibration
@@ -60,7 +60,7 @@ _HOME = {
     "StepRehash": "rehash.settings",
     "StreamedModule": "module",
     "calibrate": "rehash.calibrate",
-    "fake_on": "passes.machine.absent",
+    "fake_on": "fake",
     "optimize": "api",
     "plan": "api",
     "restore": "api",

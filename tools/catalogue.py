@@ -17,7 +17,7 @@ import torch
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from fxstream.passes.machine.absent import fake_on
+from fxstream.fake import fake_on
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -8,40 +8,13 @@ nothing, as builds for CUDA give themselves one where there is no driver. Real t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch._C import _autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 """`c10::impl::device_guard_impl_registry`: a pointer for each kind of device."""
-
-
-@contextmanager
-def fake_on(device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
-    """Models and tensors made inside are fake and on ``device``, which need not be there: they take no memory.
-
-    Their floating point numbers are of ``dtype``, if it is given. What is made so can be planned, and not run:
-
-        with fxstream.fake_on("cuda", torch.float16):
-            model, x = Model(), torch.randn(2, 4, 16, 72, 128)
-        print(fxstream.plan(model, (x,)))
-
-    Torch can't change the type of a fake model afterwards. Raises ``RuntimeError`` where this torch can't have fake
-    tensors on such a device.
-    """
-    place = numbered(torch.device(device))
-    let_be_guarded(place.type)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, place, torch.no_grad():
-            yield mode
-    finally:
-        torch.set_default_dtype(before)
 
 
 def numbered(device: torch.device) -> torch.device:

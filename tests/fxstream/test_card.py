@@ -8,7 +8,7 @@ from torch import nn
 
 import fxstream
 from fxstream.budget import Budget
-from fxstream.passes.machine.absent import fake_on
+from fxstream.fake import fake_on
 from fxstream.passes.machine.card import OVERHEAD
 from tests.passes.graph.test_reserve import Block
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
+from fxstream.fake import fake_on
 from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.launches import launches
 from fxstream.passes.graph.normalize import normalize
-from fxstream.passes.machine.absent import fake_on
 
 
 class Calls(TorchDispatchMode):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fxstream.fake import fake_on
 from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.normalize import normalize
-from fxstream.passes.machine.absent import fake_on
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fxstream
+from fxstream.fake import fake_on
 from fxstream.passes.graph.reserve import are_expandable, reserve_of
-from fxstream.passes.machine.absent import fake_on
 from fxstream.planned import Budget, compile_call
 
 MIB = 2**20

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxstream
-from fxstream.passes.machine.absent import fake_on
+from fxstream.fake import fake_on
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fxstream.fake import fake_on
 from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.normalize import normalize
-from fxstream.passes.machine.absent import fake_on
 from fxstream.passes.machine.attention import attention_kernel
 from fxstream.passes.machine.bounds import bound_bytes, is_bounded
 from fxstream.tools import catalogue
