@@ -45,9 +45,10 @@ class Budget:
             if not 0 < budget < 1:
                 raise ValueError(f"memory_budget {budget!r} is no share between 0 and 1: {_FORMS}")
             return Budget(share=float(budget))
-        if isinstance(budget, str) and budget.strip().lower() == "min":
+        word = budget.strip().lower() if isinstance(budget, str) else ""
+        if word == "min":
             return Budget()
-        if isinstance(budget, str) and budget.strip().lower() == "device":
+        if word == "device":
             from fxstream.passes.machine.card import free_bytes  # and with it torch
 
             return Budget(total_bytes=free_bytes())

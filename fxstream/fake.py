@@ -12,6 +12,17 @@ from fxstream.passes.machine.absent import let_be_guarded, numbered
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules and tensors made inside have floating point numbers of ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def fake_on(device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
     """Models and tensors made inside are fake and on ``device``, which need not be there: they take no memory.
 
@@ -26,10 +37,6 @@ def fake_on(device: torch.device | str, dtype: torch.dtype | None = None) -> Ite
     """
     place = numbered(torch.device(device))
     let_be_guarded(place.type)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, place, torch.no_grad():
-            yield mode
-    finally:
-        torch.set_default_dtype(before)
+    numbers = default_dtype(dtype or torch.get_default_dtype())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, place, numbers, torch.no_grad():
+        yield mode

@@ -123,16 +123,16 @@ def fit_graph(
     else:
         allowed = budget.activation_bytes(model.peak_bytes, held, held_bytes)
     beside = max(0, held + held_bytes - before.weight_bytes - int(before.input_bytes))
-    total = None if budget is None or not is_on_card(graph_module) else budget.total_bytes
+    on_card = is_on_card(graph_module)
+    total = budget.total_bytes if on_card and budget is not None else None
     with internal_errors("planning", graph_module):
-        streamer, reserve = Streamer(graph_module, allow_recompute), None
+        streamer = Streamer(graph_module, allow_recompute)
         if total is None or allowed is None:
             streamed = streamer(allowed)
+            reserve = reserve_of(streamed.graph_module, (beside,)) if on_card else None
         else:
             allowed -= OVERHEAD
             streamed, reserve = fit_to_card(streamer, allowed, total, beside)
-        if reserve is None and is_on_card(graph_module):
-            reserve = reserve_of(streamed.graph_module, (beside,))
         times = {"capture": seconds, "planning": time.perf_counter() - planning}
         made = make_plan(graph_module, before, streamed, allowed, times, reserve=reserve)
     over = allowed is not None and streamed.after.peak_bytes > allowed

@@ -80,9 +80,9 @@ class Plan:
     time that each took. ``budget_bytes`` is what activations were allowed, None for the lowest reachable.
     ``added_flops`` are the floating point operations of values that are computed again. ``launches`` are the kernels
     that a call runs, before and after; ``reserve`` is what torch's allocator takes of a CUDA card for all that the
-    call holds, None elsewhere. ``machine`` is the one whose
-    kernels' workspaces are counted; ``unmeasured`` are the operators whose workspace is not known there, and counts as
-    none. ``fetched`` are the weights that live on disk, of which ``after`` counts as weights none, and ``spilled`` the
+    call holds, None elsewhere. ``machine`` is the one whose kernels' workspaces are counted; ``unmeasured`` are the
+    operators whose workspace is not known there, and counts as none, or on an absent card as all that they touch.
+    ``fetched`` are the weights that live on disk, of which ``after`` counts as weights none, and ``spilled`` the
     activations that do, of which it counts what loops' slices have in memory.
     """
 

@@ -24,6 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fxstream
+from fxstream.fake import default_dtype
 from fxstream.passes.machine.allocations import apart, trace_of, workspace_of
 from fxstream.passes.machine.bounds import bound_bytes
 from fxstream.passes.machine.card import CONTEXT
@@ -175,8 +176,8 @@ def norms(bench: Bench) -> None:
 
             for name, run in (("whole", whole), ("split", parts)):
                 result, peak = bench.peaks(run)
-                record[name] = {**peak, "seconds": bench.median_seconds(run), "relative_l2": None}
-                record[name]["relative_l2"] = relative_l2(result, whole(x.double(), weight.double(), bias.double()))
+                distance = relative_l2(result, whole(x.double(), weight.double(), bias.double()))
+                record[name] = {**peak, "seconds": bench.median_seconds(run), "relative_l2": distance}
 
 
 def small(bench: Bench) -> None:
@@ -253,7 +254,7 @@ def pipeline(bench: Bench) -> None:
         if bench.dry:
             record["skipped"] = "its models are published ones"
             return
-        with torch.device(bench.device), catalogue.default_dtype(torch.float16):
+        with torch.device(bench.device), default_dtype(torch.float16):
             pipe = made(SVD_PIPELINE, {name: each.build().eval() for name, each in SVD_PIPELINE.modules.items()})
         pipe.to("cpu")
         pipe.enable_model_cpu_offload(device=bench.device)

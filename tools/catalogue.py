@@ -17,7 +17,7 @@ import torch
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from fxstream.fake import fake_on
+from fxstream.fake import default_dtype, fake_on
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -557,17 +557,6 @@ def _construct(entry: Entry, config: Mapping[str, Any], dtype: torch.dtype) -> t
     with default_dtype(dtype):
         model = placed(pkgutil.resolve_name(entry.class_path)(**config))
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have parameters of ``dtype``."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _randomise_constants(model: torch.nn.Module) -> None:

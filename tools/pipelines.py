@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxstream.fake import fake_on
 from fxstream.pipeline.rehearsal import fake_copies
 from fxstream.tools.catalogue import ANIMATEDIFF, SVD, SVD_XT, Entry
 
@@ -158,13 +158,8 @@ def build(name: str, dtype: torch.dtype = torch.float16) -> tuple[Any, dict[str,
     if name not in PIPELINES:
         raise KeyError(f"no pipeline {name!r} in the catalogue; there are {', '.join(PIPELINES)}")
     entry = PIPELINES[name]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with (mode := FakeTensorMode(allow_non_fake_inputs=True)):
-            modules = {part: component.build().eval() for part, component in entry.modules.items()}
-    finally:
-        torch.set_default_dtype(before)
+    with fake_on("cpu", dtype) as mode:
+        modules = {part: component.build().eval() for part, component in entry.modules.items()}
     modules = fake_copies(modules, mode)  # which can be cast and moved
     return made(entry, modules), {**entry.call, **entry.inputs(dtype)}
 

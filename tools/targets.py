@@ -202,7 +202,8 @@ def _method(model: torch.nn.Module, name: str) -> Callable[..., Any]:
 
 def _configured(path: Path, size: Size, component: str | None, fake: bool) -> Target:
     """A model by its configuration: a file, its folder, or a component of a pipeline's folder."""
-    from fxstream.tools.catalogue import CATALOGUE, building, default_dtype, placed
+    from fxstream.fake import default_dtype
+    from fxstream.tools.catalogue import CATALOGUE, building, placed
 
     file = _configuration_file(path, component)
     config = _read(file)

@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from fxstream.passes.graph.liveness import loop_of, storages_of, tensors_of
+from fxstream.passes.graph.liveness import loop_of, tensors_of, touched
 from fxstream.runtime import norm as _norm  # noqa: F401  (registers its operators)
 
 aten, norm = torch.ops.aten, torch.ops.fxstream
@@ -49,11 +48,6 @@ def _of_loop(graph_module: fx.GraphModule, node: fx.Node) -> int:
 
 def launches_of(node: fx.Node) -> int:
     """Kernels that an operator launches, from the node's fake values; none where it makes nothing of its own."""
-    read = {key for each in node.all_input_nodes for key, _ in storages_of(each.meta["val"])}
-    if all(key in read for key, _ in storages_of(node.meta["val"])) and not _writes(node.target):
+    if not any(touched(node)):
         return 0
     return FIXED.get(node.target, 1) if any(tensor.is_cuda for tensor in tensors_of(node.meta["val"])) else 1
-
-
-def _writes(target: Any) -> bool:
-    return isinstance(target, OpOverload) and target._schema.is_mutable

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
-from fxstream.passes.machine.attention import EFFICIENT, FLASH, attention_kernel
+from fxstream.passes.machine.choices import CONVOLUTIONS, EFFICIENT, FLASH, attention_kernel, convolution_format
 from fxstream.passes.machine.kept import is_here
 
 aten = torch.ops.aten
@@ -51,14 +51,9 @@ def _rolled(input: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> T
 
 
 def _convolved(target: OpOverload) -> Layout:
-    """Channels last where the input or the weight is, of two or three spatial dimensions and in no float64."""
-
     def layout(input: Tensor, weight: Tensor, *rest: Any, **others: Any) -> Tensor:
         made = target(input, weight, *rest, **others).contiguous()
-        if input.dtype == torch.float64 or weight.dim() < 4:
-            return made
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}[weight.dim()]
-        return made.contiguous(memory_format=last) if last in map(suggest_memory_format, (input, weight)) else made
+        return made.contiguous(memory_format=convolution_format(input, weight))
 
     return layout
 
@@ -88,12 +83,5 @@ CUDA: dict[OpOverload, Layout] = {
     aten.roll.default: _contiguous,
 }
 
-_CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-    aten.convolution.default,
-)
-
-ABSENT_CUDA = CUDA | {each: _convolved(each) for each in _CONVOLUTIONS}
+ABSENT_CUDA = CUDA | {each: _convolved(each) for each in CONVOLUTIONS}
 ABSENT_CUDA[aten.scaled_dot_product_attention.default] = _attended

@@ -18,10 +18,10 @@ from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
-from fxstream.passes.machine.attention import EFFICIENT, FLASH, attention_kernel
+from fxstream.passes.machine.choices import CONVOLUTIONS, EFFICIENT, FLASH, attention_kernel, convolution_format
 from fxstream.passes.machine.cost import REDUCED
 from fxstream.passes.operators.axes import Call, rule_of
-from fxstream.passes.operators.common import broadcast, names
+from fxstream.passes.operators.common import broadcast, source
 from fxstream.runtime.norm import scale_tile
 
 aten = torch.ops.aten
@@ -88,12 +88,6 @@ def held(value: Any, but: Any = ()) -> int:
 def copied(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> int:
     """Bytes of the copy of a tensor that doesn't lie as its kernel wants it."""
     return 0 if tensor.is_contiguous(memory_format=memory_format) else nbytes(tensor)
-
-
-def source(call: Call) -> Tensor:
-    """The operator's first tensor."""
-    found = call.arguments[names(call.target)[0]]
-    return found if isinstance(found, Tensor) else call.tensors[0]
 
 
 @bound(
@@ -204,11 +198,7 @@ def group_scale(call: Call) -> int:
     return tile + 6 * FLOAT * input.shape[0] * input.shape[1]
 
 
-@bound(
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-)
+@bound(*CONVOLUTIONS)
 def convolution(call: Call) -> int:
     """cuDNN's copies of input, weight and output with channels last, which its kernels for tensor cores work on.
 
@@ -216,9 +206,9 @@ def convolution(call: Call) -> int:
     other, or a transposed kernel works on gradients, that is within what is counted.
     """
     input, weight = call.arguments["input"], call.arguments["weight"]
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-    if last is not None and input.dtype != torch.float64 and last in map(suggest_memory_format, (input, weight)):
-        return copied(input, last) + copied(weight, last)
+    layout = convolution_format(input, weight)
+    if layout != torch.contiguous_format:
+        return copied(input, layout) + copied(weight, layout)
     if _falls_back(input, weight):
         columns = prod(weight.shape[1:]) * prod(call.out.shape[2:]) * input.element_size()
         return copied(input) + columns

@@ -28,6 +28,7 @@ def folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fxstream"
 
 
+@cache
 def is_here(device: str) -> bool:
     """Whether calls can be measured on a device of that type."""
     return device == "cpu" or (device == "cuda" and torch.cuda.is_available())

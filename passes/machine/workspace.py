@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxstream.passes import operators as _rules  # noqa: F401  (registers the rules)
 from fxstream.passes.machine import allocations
 from fxstream.passes.machine.allocations import apart, workspace_of
-from fxstream.passes.machine.bounds import bound_bytes, is_bounded
+from fxstream.passes.machine.bounds import bound_bytes, held, is_bounded
 from fxstream.passes.machine.cost import computes_plainly, convolves_plainly
 from fxstream.passes.machine.kept import Kept, Trace, folder, is_here, kept
 from fxstream.passes.operators.axes import Call, Cut, Slice, backward, is_named, with_arguments
@@ -84,7 +84,7 @@ def _asked(target: OpOverload, out: Any, args: Any, kwargs: Any, device: torch.d
     if device.type == "cuda" and not is_here("cuda"):
         return bound_bytes(target, out, args, kwargs)
     trace = _trace(target, args, kwargs, device)
-    return None if trace is None else workspace_of(trace, _made(out, args, kwargs))
+    return None if trace is None else workspace_of(trace, held(out, but=(args, kwargs)))
 
 
 def is_known(target: OpOverload, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -134,13 +134,6 @@ def _trace(target: OpOverload, args: Any, kwargs: Any, device: torch.device) -> 
 MEASURED = frozenset({"aten", "prims", "quantized", "quantized_decomposed", "mkldnn", "fxstream"})
 """Operators that do nothing but compute, by their namespaces. Those of a user may do more, and are not run, and of
 those of other libraries the ones that are known by name alone."""
-
-
-def _made(out: Any, args: Any, kwargs: Any) -> int:
-    """Bytes that a call's results are counted with."""
-    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    storages = [x.untyped_storage() for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-    return sum({each._cdata: each.nbytes() for each in storages if each._cdata not in given}.values())
 
 
 def _is_view(target: OpOverload) -> bool:

@@ -10,8 +10,8 @@ import torch
 from fxstream.fake import fake_on
 from fxstream.passes.graph.capture import capture
 from fxstream.passes.graph.normalize import normalize
-from fxstream.passes.machine.attention import attention_kernel
 from fxstream.passes.machine.bounds import bound_bytes, is_bounded
+from fxstream.passes.machine.choices import attention_kernel
 from fxstream.tools import catalogue
 
 aten, norm = torch.ops.aten, torch.ops.fxstream
